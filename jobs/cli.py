@@ -1,0 +1,122 @@
+"""The `eagleray` command.
+
+Starting it must be quick, also for `--help` and shell completion: torch and Ray are imported by the job that
+needs them, never here.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+import eagleray
+from eagleray.jobs import display
+from eagleray.jobs.launch import clean_exit, configure_logging, start
+from eagleray.jobs.registry import job_name, load_job
+from eagleray.platform.config import json_schema, load_config
+from eagleray.platform.history import compare_runs, list_runs, load_run
+
+app = typer.Typer(
+    help="Experiments with reward models, preference data, attention sharing and speech translation on Ray.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+config_app = typer.Typer(help="Look at configurations without running anything.", no_args_is_help=True)
+runs_app = typer.Typer(help="Look at recorded runs.", no_args_is_help=True)
+app.add_typer(config_app, name="config")
+app.add_typer(runs_app, name="runs")
+
+ConfigFile = Annotated[
+    Path, typer.Argument(metavar="CONFIG", help="YAML file; its key `job` says what to run.")
+]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[KEY=VALUE]...", help="Settings over the file's, e.g. optim.lr=2e-5."),
+]
+RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="Run folder.")]
+RunPaths = Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run folders.")]
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Entry point of the `eagleray` command."""
+    configure_logging()
+    with clean_exit():
+        app(args=argv, prog_name="eagleray")
+
+
+@app.callback(invoke_without_command=True)
+def _global_options(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version and stop.", is_eager=True)
+    ] = False,
+) -> None:
+    if version:
+        typer.echo(eagleray.__version__)
+        raise typer.Exit()
+
+
+@app.command("train")
+def train(config: ConfigFile, overrides: Overrides = None) -> None:
+    """Run the job that a config file describes.
+
+    A run that was stopped goes on with `run.dir=FOLDER` and the same config; the folder's own `config.yaml` is
+    that config.
+    """
+    start(None, config, overrides or [])
+
+
+@config_app.command("show")
+def config_show(config: ConfigFile, overrides: Overrides = None) -> None:
+    """Print every key of the resolved config with its value, where the value comes from and what it means."""
+    overrides = overrides or []
+    cfg = load_config(load_job(job_name(config)).Config, config, overrides)
+    display.print_config(display.config_rows(cfg, overridden=[text.partition("=")[0] for text in overrides]))
+
+
+@config_app.command("schema")
+def config_schema(job: Annotated[str, typer.Argument(help="Name of the job, e.g. gram.finetune.")]) -> None:
+    """Print the JSON schema of a job's config, by which editors complete and check the YAML."""
+    typer.echo(json.dumps(json_schema(load_job(job).Config), indent=2, ensure_ascii=False))
+
+
+@runs_app.command("list")
+def runs_list(
+    root: Annotated[Path, typer.Argument(help="Folder to look in, at any depth.")] = Path("runs"),
+) -> None:
+    """List all runs, oldest first."""
+    display.print_run_list(list_runs(root), root)
+
+
+@runs_app.command("show")
+def runs_show(run: RunPath) -> None:
+    """Print how a run was made, how it ended and what came out."""
+    display.print_run(load_run(run))
+
+
+@runs_app.command("compare")
+def runs_compare(runs: RunPaths) -> None:
+    """Print the config keys in which runs differ, and their final metrics side by side."""
+    display.print_comparison(compare_runs(runs))
+
+
+@runs_app.command("plot")
+def runs_plot(
+    runs: RunPaths,
+    out: Annotated[Path, typer.Option(help="Picture to write when several runs are compared.")] = Path(
+        "comparison.png"
+    ),
+) -> None:
+    """Draw the curves of one run into its `plots/`, or lay several runs over each other."""
+    from eagleray.platform.plots import plot_comparison, plot_training  # matplotlib takes a second to import
+
+    for path in plot_training(runs[0]) if len(runs) == 1 else [plot_comparison(runs, out)]:
+        typer.echo(path)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""A small language model and its tokenizer, to be trained from text where nothing can be downloaded."""

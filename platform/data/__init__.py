@@ -1,0 +1,1 @@
+"""Data feeding: sources of rows, preference data, batches that do not depend on the world size, text."""

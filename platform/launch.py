@@ -1,0 +1,144 @@
+"""From a job on the driver to the training loop in Ray Train workers, and back."""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import os
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from eagleray.platform.cluster import check_placement, connected, wants_gpu
+from eagleray.platform.config import validate_config
+from eagleray.platform.plots import plot_training
+from eagleray.platform.progress import training_progress
+from eagleray.platform.runs import RunFolder
+from eagleray.platform.sections import TrainingConfig
+from eagleray.platform.task import Task
+from eagleray.platform.training import run_training, total_steps
+
+
+class TrainingError(ValueError):
+    """A training run stopped; the message is the workers' reason and how to go on."""
+
+
+@dataclass(frozen=True)
+class TrainedRun:
+    """A finished training run."""
+
+    path: Path
+    """The run folder; the model lies in `model/`."""
+    summary: dict[str, float]
+    """What `run_training` returned."""
+
+
+def train(
+    task_class: type[Task],
+    cfg: TrainingConfig,
+    *,
+    job: str,
+    prepare: Callable[[RunFolder], None],
+    callbacks: Sequence[Any] = (),
+) -> TrainedRun:
+    """Run a training job: run folder, prepared examples, Ray Train with DeepSpeed, report and plots.
+
+    Args:
+        task_class: The method's task; an importable top-level class.
+        cfg: The job's config.
+        job: The job's name in run folders.
+        prepare: Writes the examples that the task reads into `run.data`; called for a new run only.
+        callbacks: Ray Train callbacks, e.g. Tune's `TuneReportCallback`.
+
+    Raises:
+        PlacementError: The cluster cannot hold the run.
+        TrainingError: A worker failed more often than `ray.max_failures`.
+    """
+    with RunFolder.create(job, cfg).recording() as run:
+        if not run.resumed:
+            shutil.rmtree(run.data, ignore_errors=True)
+            prepare(run)
+        with connected(cfg.ray):
+            check_placement(cfg.ray)
+            summary = _fit(task_class, cfg, run, job, callbacks)
+        run.write_report(summary)
+        plot_training(run.path)
+    return TrainedRun(run.path, summary)
+
+
+def _fit(
+    task_class: type[Task], cfg: TrainingConfig, run: RunFolder, job: str, callbacks: Sequence[Any]
+) -> dict[str, float]:
+    import ray.train
+    from ray.train.torch import TorchTrainer
+    from ray.train.v2.api.exceptions import TrainingFailedError
+
+    steps = total_steps(cfg.train, len(task_class(cfg, run.data).train_lengths))
+    use_gpu = wants_gpu(cfg.ray)
+    trainer = TorchTrainer(
+        _train_worker,
+        train_loop_config={
+            "task": f"{task_class.__module__}:{task_class.__qualname__}",
+            "config": cfg.model_dump(mode="json"),
+            "config_class": f"{type(cfg).__module__}:{type(cfg).__qualname__}",
+            "run_dir": str(run.path),
+            "threads": max(1, int(cfg.ray.cpus_per_worker)),
+        },
+        scaling_config=ray.train.ScalingConfig(
+            num_workers=cfg.ray.num_workers,
+            use_gpu=use_gpu,
+            resources_per_worker={"CPU": cfg.ray.cpus_per_worker} | ({"GPU": 1} if use_gpu else {}),
+        ),
+        # A name of its own for every attempt: Ray resumes silently when a name is used again, and
+        # resuming is the loop's work (docs/decisions/0002-checkpoints.md).
+        run_config=ray.train.RunConfig(
+            name=f"attempt-{len(run.read_manifest()['attempts'])}",
+            storage_path=str(run.path / "ray"),
+            failure_config=ray.train.FailureConfig(max_failures=cfg.ray.max_failures),
+            callbacks=list(callbacks),
+        ),
+    )
+    with training_progress(run.path, total_steps=steps, description=cfg.run.note or job):
+        try:
+            return trainer.fit().return_value
+        except TrainingFailedError as error:
+            raise TrainingError(f"{_reason(error)} Resume with `run.dir={run.path}`.") from error
+
+
+def _train_worker(loop: dict[str, Any]) -> dict[str, float]:
+    """What runs in each Ray Train worker."""
+    import ray.train
+    import torch
+
+    from transformers.utils import logging as transformers_logging
+
+    for name in ("torch.utils.cpp_extension", "ray.train"):  # our own progress says what matters
+        logging.getLogger(name).setLevel(logging.ERROR)
+    transformers_logging.disable_progress_bar()
+    if not torch.cuda.is_available():
+        os.environ["DS_ACCELERATOR"] = "cpu"
+    torch.set_num_threads(loop["threads"])
+    cfg = validate_config(_load(loop["config_class"]), loop["config"], "worker")
+    run_dir = Path(loop["run_dir"])
+    task = _load(loop["task"])(cfg, run_dir / "data")
+    return run_training(task, cfg, run_dir, report=ray.train.report)
+
+
+def _load(reference: str) -> Any:
+    module, _, name = reference.partition(":")
+    return getattr(importlib.import_module(module), name)
+
+
+def _reason(error: Exception) -> str:
+    """The failure that explains the others: when one worker stops, the rest fail over the lost connection."""
+    failures = [
+        (rank, getattr(f, "cause", None) or f) for rank, f in getattr(error, "worker_failures", {}).items()
+    ]
+    if not failures:
+        return f"{error}"
+    rank, cause = min(failures, key=lambda failure: (not isinstance(failure[1], ValueError), failure[0]))
+    # Ray puts the worker's traceback into the exception's text; its last paragraph is the reason.
+    text = str(cause).strip().splitlines()
+    return f"Worker {rank}: {text[-1] if text else type(cause).__name__}"

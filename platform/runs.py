@@ -1,0 +1,304 @@
+"""The run folder: what a run was asked, on what it ran and how it ended.
+
+`config.yaml` and `manifest.json` exist before anything runs. A folder that holds a config is resumed, and only
+with the config it was started with: silently going on with another one is how results become untrue.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import secrets
+import shlex
+import sys
+import time
+import traceback
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from eagleray.platform import storage
+from eagleray.platform.config import ConfigError, config_hash, diff_configs, flatten, to_yaml
+from eagleray.platform.environment import describe_environment
+from eagleray.platform.sections import JobConfig, RunSection
+from eagleray.platform.tracking import METRICS_FILE
+
+logger = logging.getLogger(__name__)
+
+Status = Literal["created", "running", "finished", "failed", "interrupted"]
+
+FREE_ON_RESUME = {
+    "run": "where a run is recorded, and under which note, does not change it",
+    "tracking": "nor does who else is told about its metrics",
+    "ray.address": "a run may go on on another cluster",
+    "ray.max_failures": "a run may be given more patience",
+}
+"""Keys that may differ between the attempts of one run, each with the reason."""
+
+CONFIG_FILE, MANIFEST_FILE, REPORT_FILE = "config.yaml", "manifest.json", "report.json"
+
+_PROGRESS = (METRICS_FILE, REPORT_FILE, "checkpoints", "model")
+
+
+class RunFinishedError(ConfigError):
+    """The run in the folder has finished; there is nothing to resume."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(
+            f"{path}: this run has finished; `eagleray runs show {path}` prints its results. "
+            "Set another `run.dir`, or none, for a new run."
+        )
+        self.path = path
+
+
+class RunInterrupted(KeyboardInterrupt):
+    """The run was stopped by Ctrl-C or a termination signal and can be resumed."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(f"interrupted: {path}")
+        self.path = path
+
+
+class RunFolder:
+    """Paths of a run folder and, in the driver that holds its lock, the writing of its records."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path).expanduser().absolute()
+        self.resumed = False
+        """Whether earlier attempts left something to go on from."""
+        self._lock = storage.FolderLock(self.path)
+
+    @classmethod
+    def create(cls, job: str, cfg: JobConfig) -> RunFolder:
+        """Make a new run folder, or open the existing one that `run.dir` names to resume its run.
+
+        The folder stays locked for this process until `recording` ends or `close` is called.
+
+        Raises:
+            RunFinishedError: The run in the folder has finished.
+            ConfigError: The folder cannot be written or is in use, or holds another job, another config or
+                files that are not a run.
+        """
+        run = cls(_choose_path(job, cfg.run))
+        try:
+            run.path.mkdir(parents=True, exist_ok=True)
+            if not run.config.exists():
+                _refuse_foreign_files(run.path)
+            run._lock.acquire()
+            try:
+                run._open(job, cfg)
+            except BaseException:
+                run.close()
+                raise
+        except storage.LockHeldError as error:
+            raise ConfigError(f"{error} Wait for it to end, or set another `run.dir`.") from None
+        except OSError as error:
+            raise ConfigError(
+                f"{run.path}: the run folder cannot be written ({error.strerror}). Set `run.dir` or `run.root` "
+                "to a folder that you may write to, on a disk with free space."
+            ) from None
+        return run
+
+    def close(self) -> None:
+        """Give up the lock."""
+        self._lock.release()
+
+    @property
+    def config(self) -> Path:
+        return self.path / CONFIG_FILE
+
+    @property
+    def manifest(self) -> Path:
+        return self.path / MANIFEST_FILE
+
+    @property
+    def metrics(self) -> Path:
+        return self.path / METRICS_FILE
+
+    @property
+    def report(self) -> Path:
+        return self.path / REPORT_FILE
+
+    @property
+    def model(self) -> Path:
+        return self.path / "model"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def plots(self) -> Path:
+        return self.path / "plots"
+
+    @property
+    def data(self) -> Path:
+        return self.path / "data"
+
+    def read_manifest(self) -> dict[str, Any]:
+        """The manifest as it stands."""
+        return storage.read_json(self.manifest)
+
+    def update_manifest(self, **fields: Any) -> None:
+        """Set fields of the manifest; mappings such as `data_hashes` are merged into what is there."""
+        values = self.read_manifest()
+        for key, value in fields.items():
+            old = values.get(key)
+            values[key] = {**old, **value} if isinstance(old, dict) and isinstance(value, Mapping) else value
+        storage.write_json(self.manifest, values)
+
+    def write_report(self, report: Mapping[str, Any]) -> None:
+        """Write the final metrics; numbers may be tensors or arrays."""
+        storage.write_json(self.report, report)
+
+    @contextmanager
+    def recording(self) -> Iterator[RunFolder]:
+        """Record status, time and the error, if any, of what runs inside; the lock is given back at the end.
+
+        Raises:
+            RunInterrupted: In place of a `KeyboardInterrupt`, and of the `SystemExit` by which Ray answers
+                Ctrl-C and termination signals.
+        """
+        start = time.monotonic()
+        self._record("running")
+        try:
+            yield self
+        except (KeyboardInterrupt, SystemExit) as stop:
+            self._record_end("interrupted", start)
+            raise RunInterrupted(self.path) from stop
+        except BaseException as error:
+            self._record_end("failed", start, error)
+            error.add_note(f"Run folder: {self.path}")
+            raise
+        else:
+            self._record_end("finished", start)
+        finally:
+            self.close()
+
+    def _open(self, job: str, cfg: JobConfig) -> None:
+        old = self.read_manifest() if self.manifest.exists() else {}
+        if self.config.exists():
+            self._check_resumable(job, cfg, old)
+        now, command, environment = _now(), shlex.join(sys.argv), describe_environment()
+        attempt = {
+            "started": now,
+            "status": "created",
+            "command": command,
+            "cwd": os.getcwd(),
+            "process": os.getpid(),
+            **{key: environment[key] for key in ("host", "eagleray", "git")},
+        }
+        attempts = [
+            {**a, "status": "killed"} if a["status"] in ("created", "running") else a
+            for a in old.get("attempts", [])
+        ]
+        values = {
+            "job": job,
+            "status": "created",
+            "note": cfg.run.note,
+            "command": command,
+            "created": old.get("created", now),
+            "started": old.get("started"),
+            "ended": None,
+            "wall_seconds": old.get("wall_seconds", 0.0),
+            "config_hash": _experiment_hash(cfg),
+            "seeds": {k: v for k, v in flatten(cfg.model_dump()).items() if k.split(".")[-1] == "seed"},
+            "data_hashes": old.get("data_hashes", {}) if self.resumed else {},
+            **environment,
+            "attempts": [*attempts, attempt],
+        }
+        # The config last: a folder counts as a run from then on.
+        storage.write_json(self.manifest, values)
+        storage.write_text(self.config, to_yaml(cfg))
+        logger.info("Run folder: %s%s", self.path, " (resumed)" if self.resumed else "")
+
+    def _check_resumable(self, job: str, cfg: JobConfig, old: dict[str, Any]) -> None:
+        if old.get("job", job) != job:
+            raise ConfigError(
+                f"{self.path} holds a run of `{old['job']}`, not of `{job}`. Set another `run.dir`."
+            )
+        if old.get("status") != "finished" and not self._has_progress():
+            # Nothing is lost by a changed config here; typically the first attempt failed over a typing error.
+            return
+        before = yaml.safe_load(self.config.read_text(encoding="utf-8"))
+        changes = diff_configs(before, cfg.model_dump(mode="json"), ignore=tuple(FREE_ON_RESUME))
+        if changes:
+            lines = "\n".join(f"  - {key}: {was!r} -> {now!r}" for key, (was, now) in changes.items())
+            raise ConfigError(
+                f"{self.path} holds a run with another config:\n{lines}\n"
+                "Take the old values to resume it, or set another `run.dir` for a new run."
+            )
+        if old.get("config_hash") != _experiment_hash(cfg):
+            raise ConfigError(
+                f"{self.config} was edited after the run had started, so the run cannot be resumed truthfully. "
+                "Undo the edit, or set another `run.dir` for a new run."
+            )
+        if old.get("status") == "finished":
+            raise RunFinishedError(self.path)
+        self.resumed = True
+
+    def _has_progress(self) -> bool:
+        """Whether an earlier attempt got as far as leaving a metric, a checkpoint, a model or a report."""
+        for name in _PROGRESS:
+            path = self.path / name
+            if any(path.iterdir()) if path.is_dir() else path.is_file() and path.stat().st_size:
+                return True
+        return False
+
+    def _record(self, status: Status, **attempt_fields: Any) -> None:
+        values = self.read_manifest()
+        values["status"] = status
+        values["started"] = values["started"] or _now()
+        values["attempts"][-1].update(status=status, **attempt_fields)
+        if "ended" in attempt_fields:
+            values["ended"] = attempt_fields["ended"]
+            values["wall_seconds"] = round(sum(a.get("wall_seconds", 0.0) for a in values["attempts"]), 2)
+        storage.write_json(self.manifest, values)
+
+    def _record_end(self, status: Status, start: float, error: BaseException | None = None) -> None:
+        fields: dict[str, Any] = {"ended": _now(), "wall_seconds": round(time.monotonic() - start, 2)}
+        if error is not None:
+            fields["error"] = f"{type(error).__name__}: {error}"
+            fields["traceback"] = "".join(traceback.format_exception(error))
+        try:
+            self._record(status, **fields)
+        except OSError as problem:
+            # A full disk must not replace the error that matters.
+            logger.warning("%s: the end of the run could not be recorded: %s", self.manifest, problem)
+
+
+def _choose_path(job: str, section: RunSection) -> Path:
+    for key, value in (("run.dir", section.dir), ("run.root", section.root)):
+        if value is not None and "://" in value:
+            raise ConfigError(
+                f"`{key}` is {value!r}; a run folder must be a path on a local or shared file system, "
+                "e.g. /mnt/shared/runs/first. Mount the bucket, or copy the folder there after the run."
+            )
+    if section.dir is not None:
+        return Path(section.dir)
+    stamp = datetime.now(UTC).strftime("%Y%m%d-%H%M%S")
+    return Path(section.root) / job / f"{stamp}-{secrets.token_hex(3)}"
+
+
+def _experiment_hash(cfg: JobConfig) -> str:
+    return config_hash(cfg, exclude=tuple(FREE_ON_RESUME))
+
+
+def _refuse_foreign_files(path: Path) -> None:
+    """`run.dir=.` would otherwise spread a run over somebody's project."""
+    foreign = [
+        p.name for p in path.iterdir() if not p.name.startswith(".") and p.name not in (MANIFEST_FILE, "data")
+    ]
+    if foreign:
+        raise ConfigError(
+            f"{path} is not a run folder: it holds `{min(foreign)}`{' and more' if len(foreign) > 1 else ''} but no "
+            f"{CONFIG_FILE}. Set `run.dir` to a new or empty folder."
+        )
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")

@@ -1,0 +1,273 @@
+"""The one training loop.
+
+Special here:
+- The loss of a step is divided by the weight of the *global* batch (all workers, all accumulation passes),
+  so 1x8, 2x4 and accumulated splits give the same loss and the same gradients.
+- Batches and random numbers are functions of (seed, step, rank); a checkpoint needs no sampler or generator
+  state, and a resumed run is bit-identical to an undisturbed one.
+- A loss that is not finite stops the run *before* the optimiser step, with the ids of the batch.
+- The best model is exported when it is found, so even a killed run leaves its best model behind.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import random
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from eagleray.platform.checkpoints import LoopState, clean_partial, restore_checkpoint, save_checkpoint
+from eagleray.platform.config import config_hash
+from eagleray.platform.data.sampler import BatchSampler
+from eagleray.platform.engine import build_engine, sharded_loading
+from eagleray.platform.pretrained import export_model
+from eagleray.platform.runs import FREE_ON_RESUME
+from eagleray.platform.sections import TrainingConfig, TrainSection
+from eagleray.platform.task import Batch, Task
+from eagleray.platform.tracking import MetricsSink
+
+logger = logging.getLogger(__name__)
+
+Report = Callable[[dict[str, float]], None]
+
+
+class NonFiniteLossError(ValueError):
+    """The loss of a step is NaN or infinite; the message names the step and the ids of the batch."""
+
+
+def total_steps(train: TrainSection, examples: int) -> int:
+    """Optimiser steps of a run: `max_steps`, or enough for `epochs` passes over `examples`."""
+    if train.max_steps is not None:
+        return train.max_steps
+    return max(1, math.ceil(train.epochs * examples / train.batch_size))
+
+
+def run_training(
+    task: Task, cfg: TrainingConfig, run_dir: Path, *, report: Report | None = None
+) -> dict[str, float]:
+    """Train `task` to the end, resuming from the newest whole checkpoint in `run_dir/checkpoints`.
+
+    Every worker calls this inside an initialised `torch.distributed` process group, with the same arguments.
+
+    Args:
+        task: The method's part.
+        cfg: The run's config.
+        run_dir: Run folder on storage that all workers share.
+        report: Called by every worker with the metrics of each evaluation (`ray.train.report`).
+
+    Returns:
+        Metrics of the last evaluation, the best value of the selection metric and the counts of the run.
+
+    Raises:
+        NonFiniteLossError: The loss is NaN or infinite.
+        CheckpointError: A checkpoint can't be written, or none of those there can be used.
+    """
+    return _Loop(task, cfg, run_dir, report or (lambda _: None)).run()
+
+
+class _Loop:
+    def __init__(self, task: Task, cfg: TrainingConfig, run_dir: Path, report: Report) -> None:
+        self.task, self.cfg, self.report = task, cfg, report
+        self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
+        self.checkpoints, self.model_dir = run_dir / "checkpoints", run_dir / "model"
+        self.config_hash = config_hash(cfg, exclude=[*FREE_ON_RESUME])
+        self.metric = cfg.train.metric or task.metric
+        self.mode = task.mode
+        self.sampler = BatchSampler(
+            task.train_lengths,
+            batch_size=cfg.train.batch_size,
+            micro_batch_size=cfg.train.micro_batch_size,
+            seed=cfg.train.seed,
+            bucket_batches=cfg.train.bucket_batches,
+        )
+        self.steps = total_steps(cfg.train, len(task.train_lengths))
+        self.eval_every = cfg.train.eval_every or max(1, math.ceil(self.steps / 10))
+        self.checkpoint_every = cfg.train.checkpoint_every or self.eval_every
+        seed_step(cfg.train.seed, step=0, rank=0)  # every worker initialises the same model
+        with sharded_loading(cfg):
+            model = task.build_model()
+        if cfg.train.gradient_checkpointing:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        self.engine = build_engine(model, cfg, total_steps=self.steps)
+        if self.rank == 0:
+            clean_partial(self.checkpoints)
+        self.state = (
+            restore_checkpoint(self.engine, self.checkpoints, config_hash=self.config_hash) or LoopState()
+        )
+        self.sink = MetricsSink(run_dir, cfg.tracking, self.state.step) if self.rank == 0 else None
+
+    def run(self) -> dict[str, float]:
+        try:
+            with ThreadPoolExecutor(1) as pool:
+                for batches in self._prefetch(pool):
+                    self._train_step(batches)
+                    if self._at(self.eval_every) and self._evaluate_and_keep():
+                        logger.info(
+                            "Stopped early: %d evaluations without a better %s.",
+                            self.state.stale,
+                            self.metric,
+                        )
+                        break
+            if self.state.best is None or self.cfg.train.keep_model == "last":
+                self._export()
+            return self._summary()
+        finally:
+            if self.sink:
+                self.sink.close()
+
+    def _at(self, every: int) -> bool:
+        return self.state.step % every == 0 or self.state.step == self.steps
+
+    def _prefetch(self, pool: ThreadPoolExecutor) -> Iterator[list[Batch]]:
+        """Micro-batches of each remaining step; the next step is collated while this one computes."""
+
+        def collate(step: int) -> list[Batch]:
+            shares = self.sampler.micro_batches(step, rank=self.rank, world_size=self.world_size)
+            return [self.task.train_batch(indices) for indices in shares]
+
+        upcoming = pool.submit(collate, self.state.step) if self.state.step < self.steps else None
+        while upcoming is not None:
+            batches = upcoming.result()
+            following = self.state.step + 1
+            upcoming = pool.submit(collate, following) if following < self.steps else None
+            yield batches
+
+    def _train_step(self, batches: list[Batch]) -> None:
+        started = time.perf_counter()
+        seed_step(self.cfg.train.seed, step=self.state.step, rank=self.rank)
+        self.engine.train()
+        counts = self._sum_over_workers(
+            [sum(b.weight for b in batches), sum(b.tokens for b in batches), sum(len(b.ids) for b in batches)]
+        )
+        weight, tokens, examples = counts.tolist()
+        if weight == 0:
+            raise ValueError(f"Step {self.state.step}: no example of the batch has a target; check `data`.")
+        sums: dict[str, torch.Tensor] = {}
+        for batch in batches:
+            loss, further = self.engine(self.task.loss, batch.to(self.engine.device).tensors)
+            # DeepSpeed averages gradients over the workers; the mean we want is over the global weight.
+            self.engine.backward(loss * (self.world_size / weight), scale_wrt_gas=False)
+            for name, value in {"loss": loss.detach(), **further}.items():
+                sums[name] = sums.get(name, torch.zeros_like(value, dtype=torch.float64)) + value
+        means = dict(zip(sums, (self._sum_over_workers(list(sums.values())) / weight).tolist(), strict=True))
+        if not math.isfinite(means["loss"]):
+            self._stop_at_non_finite(means["loss"], batches)
+        rate = self.engine.get_lr()[0]
+        self.engine.step()
+        self.state.step += 1
+        self.state.examples += int(examples)
+        self.state.tokens += int(tokens)
+        self._log_step(means, rate, tokens, time.perf_counter() - started)
+
+    def _log_step(self, means: dict[str, float], rate: float, tokens: float, seconds: float) -> None:
+        window = self.state.window
+        further = {
+            "grad_norm": float(self.engine.get_global_grad_norm() or 0.0),
+            "tokens": tokens,
+            "steps": 1.0,
+        }
+        for name, value in {**means, **further, "seconds": seconds}.items():
+            window[name] = window.get(name, 0.0) + value
+        if not self._at(self.cfg.train.log_every):
+            return
+        steps, tokens, seconds = window.pop("steps"), window.pop("tokens"), window.pop("seconds")
+        line = {name: value / steps for name, value in window.items()}
+        line |= {"lr": rate, "tokens_per_s": tokens / seconds, "step_s": seconds / steps}
+        line |= {"examples": self.state.examples, "epoch": self.state.examples / len(self.task.train_lengths)}
+        window.clear()
+        if self.sink:
+            self.sink.log(self.state.step, line, kind="train")
+
+    def _evaluate_and_keep(self) -> bool:
+        """Evaluate, keep the model if it is the best, checkpoint; true if training should stop."""
+        if len(self.task.eval_lengths):
+            metrics = evaluate(self.task, self.engine, batch_size=self.cfg.train.micro_batch_size)
+            self.state.last_eval = metrics
+            if self.sink:
+                self.sink.log(self.state.step, metrics, kind="eval")
+            self._note_best(metrics)
+            self.report({"step": self.state.step, **metrics})
+        stop = self.cfg.train.patience is not None and self.state.stale >= self.cfg.train.patience
+        if stop or self._at(self.checkpoint_every):
+            save_checkpoint(
+                self.engine,
+                self.checkpoints,
+                self.state,
+                config_hash=self.config_hash,
+                keep=self.cfg.train.keep_checkpoints,
+            )
+        return stop
+
+    def _note_best(self, metrics: dict[str, float]) -> None:
+        if self.metric not in metrics:
+            raise ValueError(f"`train.metric` is {self.metric!r}; this job evaluates: {', '.join(metrics)}.")
+        value, best = metrics[self.metric], self.state.best
+        if best is None or (value < best if self.mode == "min" else value > best):
+            self.state.best, self.state.best_step, self.state.stale = value, self.state.step, 0
+            if self.cfg.train.keep_model == "best":
+                self._export()
+        else:
+            self.state.stale += 1
+
+    def _export(self) -> None:
+        export_model(self.engine.module.model, self.model_dir, save_extras=self.task.save_extras)
+
+    def _summary(self) -> dict[str, float]:
+        state = self.state
+        summary = {**state.last_eval, "steps": state.step, "examples": state.examples, "tokens": state.tokens}
+        if state.best is not None:
+            summary |= {f"best_{self.metric}": state.best, "best_step": state.best_step or 0}
+        return summary
+
+    def _sum_over_workers(self, values: Sequence[float | torch.Tensor]) -> torch.Tensor:
+        total = torch.tensor([float(v) for v in values], dtype=torch.float64, device=self.engine.device)
+        dist.all_reduce(total)
+        return total
+
+    def _stop_at_non_finite(self, loss: float, batches: list[Batch]) -> None:
+        everyone: list[Any] = [None] * self.world_size
+        dist.all_gather_object(everyone, [i for batch in batches for i in batch.ids])
+        ids = [i for part in everyone for i in part]
+        shown = ", ".join(ids[:64]) + (f" and {len(ids) - 64} more" if len(ids) > 64 else "")
+        raise NonFiniteLossError(
+            f"The loss of step {self.state.step} is {loss}. Nothing was updated; the last checkpoint is whole. "
+            f"Lower `optim.lr`, use fp32 or bf16, or look at the examples of this batch: {shown}"
+        )
+
+
+@torch.no_grad()
+def evaluate(task: Task, engine: Any, *, batch_size: int) -> dict[str, float]:
+    """Metrics of the whole evaluation set, the same on every worker and for any number of workers."""
+    engine.eval()
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    order = sorted(range(len(task.eval_lengths)), key=lambda i: task.eval_lengths[i])
+    chunks = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
+    mine: list[tuple[int, Any]] = []
+    for first in range(0, len(chunks), world_size):
+        own = first + rank
+        # Under ZeRO-3 every forward is collective: a worker without a chunk of its own repeats the first one.
+        chunk = chunks[own] if own < len(chunks) else chunks[0]
+        batch = task.eval_batch(chunk).to(engine.device)
+        records = engine(task.evaluate_batch, batch.tensors)
+        if own < len(chunks):
+            mine.extend(zip(chunk, records, strict=True))
+    everyone: list[Any] = [None] * world_size
+    dist.all_gather_object(everyone, mine)
+    ordered = sorted((pair for part in everyone for pair in part), key=lambda pair: pair[0])
+    return task.summarise([record for _, record in ordered])
+
+
+def seed_step(seed: int, *, step: int, rank: int) -> None:
+    """Seed torch, NumPy and Python from (seed, step, rank), so that no generator state has to be saved."""
+    mixed = int(np.random.SeedSequence([seed, step, rank]).generate_state(1, np.uint64)[0] >> 1)
+    torch.manual_seed(mixed)
+    np.random.seed(mixed % 2**32)
+    random.seed(mixed)

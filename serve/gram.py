@@ -1,0 +1,358 @@
+"""A GRAM judge (or a discriminative reward model) behind HTTP: `/compare`, `/rank`, `/reward`, `/healthz`.
+
+One Ray Serve deployment holds the model and the endpoints: the texts would otherwise travel once more between two
+processes, and there is nothing else to scale on its own. Every comparison of every request goes through one
+`Batcher`; a ranking takes part in it round by round, so rounds of different requests share batches. The scores are
+those of `Judge.compare`, called here with larger batches and nothing else.
+
+`serve deploy serve/gram.yaml` or `eagleray serve gram=MODEL` start it.
+"""
+
+# No postponed annotations here: Ray Serve looks at the annotation of `build_app` itself to learn the type of its
+# arguments, and passes the YAML on unchecked when it finds a string.
+
+import asyncio
+import hashlib
+import threading
+from collections.abc import AsyncIterator, Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import ray
+import torch
+from fastapi import FastAPI
+from pydantic import Field, model_validator
+from ray import serve
+from ray.serve import Application
+
+from eagleray.models.gram.alignment import transform_reward
+from eagleray.models.gram.judge import Comparison, Judge, Pair
+from eagleray.models.gram.ranking import Compare, Ranking, rank
+from eagleray.platform.config import Config
+from eagleray.platform.data.layouts import readable
+from eagleray.serve.batching import Batcher, BatcherClosed
+from eagleray.serve.http_app import ERROR_RESPONSES, invalid, new_app
+from eagleray.serve.protocol import (
+    CompareRequest,
+    CompareResponse,
+    HealthResponse,
+    Prompt,
+    RankMethod,
+    RankRequest,
+    RankResponse,
+    RewardRequest,
+    RewardResponse,
+)
+
+MAX_ONGOING_REQUESTS = 256
+"""Requests that one replica works on at a time. The bound that clients meet first is the one on comparisons."""
+
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class ServeGramArgs(Config):
+    """Arguments of `build_app`: the model, its share of the machine, and the limits on requests."""
+
+    model: str
+    """Folder of the model, readable on every node that runs a replica; weights must be safetensors."""
+    name: str | None = None
+    """Name shown to clients. Default: the folder's."""
+    dtype: Literal["saved", "fp32", "bf16", "fp16"] = "saved"
+    """Arithmetic of the model; `saved` keeps that of the weights."""
+    cpus: float = Field(default=1, gt=0)
+    """CPU cores of one replica; without a GPU, also its threads."""
+    gpus: float | Literal["auto"] = "auto"
+    """GPUs of one replica, or a share of one. `auto`: one if the cluster has any."""
+    max_batch_tokens: int = Field(default=16384, ge=1)
+    """Most tokens of one batch, both orders counted; also the judge's limit for one forward pass."""
+    max_wait_s: float = Field(default=0.004, ge=0)
+    """How long a comparison waits for others to share its batch."""
+    max_pending: int = Field(default=4096, ge=1)
+    """Comparisons a replica has admitted and not finished; what comes on top gets 429."""
+    max_responses: int = Field(default=64, ge=2)
+    """Most answers in one `/rank` request."""
+    max_body_bytes: int = Field(default=4 * 2**20, ge=1)
+    """Largest request body; larger ones get 413."""
+    timeout_s: float = Field(default=60, gt=0)
+    """Longest time for one request; it gets 504 then, and its work is dropped."""
+
+    @model_validator(mode="after")
+    def _largest_ranking_fits(self) -> "ServeGramArgs":
+        most = comparisons_needed("round_robin", self.max_responses)
+        if most > self.max_pending:
+            raise ValueError(
+                f"`max_pending` is {self.max_pending}, but a ranking of `max_responses` = {self.max_responses} answers "
+                f"may need {most} comparisons and could never be admitted. Raise the one or lower the other."
+            )
+        return self
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """What is served: a `Judge`, or anything else that compares pairs of answers."""
+
+    compare: Callable[[Sequence[Pair]], Sequence[Comparison]]
+    count_tokens: Callable[[Pair], int | None]
+    """What a pair costs, both orders together; None if it is too long to be judged."""
+    name: str
+    revision: str
+
+
+class GramService:
+    """The work behind the endpoints, without HTTP: checks that need settings, batching, ranking in rounds."""
+
+    def __init__(self, model: LoadedModel, args: ServeGramArgs):
+        self._model = model
+        self._max_responses = args.max_responses
+        self.batcher = Batcher[Pair, Comparison](
+            model.compare,
+            max_batch_cost=args.max_batch_tokens,
+            max_wait_s=args.max_wait_s,
+            max_pending=args.max_pending,
+        )
+        self._rankers = ThreadPoolExecutor(max_workers=MAX_ONGOING_REQUESTS, thread_name_prefix="rank")
+
+    @asynccontextmanager
+    async def running(self) -> AsyncIterator[None]:
+        """Requests are answered inside the block."""
+        async with self.batcher:
+            yield
+        self._rankers.shutdown(wait=False, cancel_futures=True)
+
+    async def compare(self, request: CompareRequest) -> CompareResponse:
+        """Judge one pair."""
+        result = await self._judge_one((_text(request.prompt), request.a, request.b))
+        return CompareResponse(
+            p_a=result.p_a,
+            p_b=result.p_b,
+            p_order1=result.p_order1,
+            p_order2=result.p_order2,
+            consistent=result.consistent,
+            model=self._model.name,
+            revision=self._model.revision,
+        )
+
+    async def reward(self, request: RewardRequest) -> RewardResponse:
+        """Judge a response against its reference."""
+        result = await self._judge_one((_text(request.prompt), request.response, request.reference))
+        probability = torch.tensor(result.p_a, dtype=torch.float64)
+        return RewardResponse(
+            probability=result.p_a,
+            centred=transform_reward(probability, "centred").item(),
+            logit=transform_reward(probability, "logit").item(),
+            consistent=result.consistent,
+            model=self._model.name,
+            revision=self._model.revision,
+        )
+
+    async def rank(self, request: RankRequest) -> RankResponse:
+        """Rank several responses."""
+        responses, method, reference = request.responses, request.method, request.reference
+        if len(responses) > self._max_responses:
+            raise invalid(
+                "responses", f"has {len(responses)} items; at most {self._max_responses} are allowed"
+            )
+        if (method == "reference") != (reference is not None):
+            given = (
+                "is missing; method 'reference' needs it"
+                if reference is None
+                else "goes with method 'reference' only"
+            )
+            raise invalid("reference", given)
+
+        def work(compare: Compare) -> Ranking:
+            return rank(compare, _text(request.prompt), responses, method=method, reference=reference)
+
+        with self.batcher.admit(comparisons_needed(method, len(responses))):
+            ranking = await self._run_in_rounds(work)
+        return RankResponse(
+            order=list(ranking.order),
+            best=ranking.best,
+            scores=None if ranking.scores is None else list(ranking.scores),
+            comparisons=ranking.comparisons,
+            intransitive=ranking.intransitive,
+            model=self._model.name,
+            revision=self._model.revision,
+        )
+
+    def health(self) -> HealthResponse:
+        """That requests are answered; BatcherClosed if they are not."""
+        if not self.batcher.alive:
+            raise BatcherClosed("the batcher is not running")
+        return HealthResponse(
+            pending_comparisons=self.batcher.pending, model=self._model.name, revision=self._model.revision
+        )
+
+    async def _judge_one(self, pair: Pair) -> Comparison:
+        with self.batcher.admit(1):
+            [result] = await self._judge([pair])
+        return result
+
+    async def _judge(self, pairs: Sequence[Pair]) -> list[Comparison]:
+        # In a thread: a text of a megabyte takes a while to tokenise.
+        costs = await asyncio.to_thread(lambda: [self._model.count_tokens(pair) for pair in pairs])
+        known = [cost for cost in costs if cost is not None]
+        if len(known) < len(pairs):
+            raise invalid(
+                "body", "holds a prompt with two answers that are too long for the model; shorten them"
+            )
+        return await self.batcher.run(pairs, costs=known)
+
+    async def _run_in_rounds(self, work: Callable[[Compare], Ranking]) -> Ranking:
+        """Run `rank`, which calls for one round after the other, in a thread whose rounds join the shared batches."""
+        loop = asyncio.get_running_loop()
+        abandoned = threading.Event()
+        rounds: list[Future[list[Comparison]]] = []
+
+        def compare(pairs: Sequence[Pair]) -> list[Comparison]:
+            rounds.append(asyncio.run_coroutine_threadsafe(self._judge(pairs), loop))
+            if abandoned.is_set():
+                rounds[-1].cancel()
+            return rounds[-1].result()
+
+        try:
+            return await loop.run_in_executor(self._rankers, work, compare)
+        finally:
+            # If the request was cancelled, the thread is still waiting for a round, or about to ask for one.
+            abandoned.set()
+            for judged in rounds[-1:]:
+                judged.cancel()
+
+
+def comparisons_needed(method: RankMethod, responses: int) -> int:
+    """How many pairs a ranking compares."""
+    counts: dict[RankMethod, int] = {
+        "reference": responses,
+        "linear": responses - 1,
+        "bracket": responses - 1,
+        "round_robin": responses * (responses - 1) // 2,
+    }
+    return counts[method]
+
+
+def gram_app(service: GramService, args: ServeGramArgs) -> FastAPI:
+    """The HTTP application around a service."""
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        async with service.running():
+            yield
+
+    app = new_app(
+        title="Eagleray GRAM",
+        description=f"Compares, ranks and rewards answers. Bodies up to {args.max_body_bytes} bytes, rankings of up to "
+        f"{args.max_responses} answers, at most {args.timeout_s:g} s a request.",
+        max_body_bytes=args.max_body_bytes,
+        timeout_s=args.timeout_s,
+        lifespan=lifespan,
+    )
+
+    @app.post("/compare", responses=ERROR_RESPONSES, summary="Which of two answers is better")
+    async def compare(request: CompareRequest) -> CompareResponse:
+        return await service.compare(request)
+
+    @app.post("/rank", responses=ERROR_RESPONSES, summary="Put several answers in order")
+    async def rank_responses(request: RankRequest) -> RankResponse:
+        return await service.rank(request)
+
+    @app.post("/reward", responses=ERROR_RESPONSES, summary="Reward one answer against a reference")
+    async def reward(request: RewardRequest) -> RewardResponse:
+        return await service.reward(request)
+
+    @app.get("/healthz", responses={503: ERROR_RESPONSES[503]}, summary="Whether the model takes requests")
+    async def healthz() -> HealthResponse:
+        return service.health()
+
+    return app
+
+
+@serve.deployment(
+    name="gram",
+    max_ongoing_requests=MAX_ONGOING_REQUESTS,
+    max_queued_requests=MAX_ONGOING_REQUESTS,
+    backpressure_config={"status_code": 429, "retry_after_s": 1},
+    max_constructor_retry_count=3,
+)
+@serve.ingress()
+class GramDeployment:
+    """One replica: a model, its batcher and the endpoints."""
+
+    def __init__(self, args: ServeGramArgs):
+        on_gpu = bool(ray.get_runtime_context().get_accelerator_ids().get("GPU"))
+        if not on_gpu:
+            torch.set_num_threads(max(1, int(args.cpus)))
+        self._args = args
+        self._service = GramService(load_model(args, device="cuda" if on_gpu else "cpu"), args)
+
+    def __serve_build_asgi_app__(self) -> FastAPI:
+        return gram_app(self._service, self._args)
+
+    def check_health(self) -> None:
+        """Called by Serve; a replica that fails is replaced."""
+        self._service.health()
+
+
+def build_app(args: ServeGramArgs) -> Application:
+    """The Serve application; `eagleray.serve.gram:build_app` is the import path for `serve deploy`."""
+    gpus = args.gpus
+    if gpus == "auto":
+        gpus = 1 if ray.is_initialized() and ray.cluster_resources().get("GPU", 0) >= 1 else 0
+    return GramDeployment.options(
+        ray_actor_options={"num_cpus": args.cpus, "num_gpus": gpus},
+        graceful_shutdown_timeout_s=args.timeout_s + 10,
+    ).bind(args)
+
+
+def load_model(args: ServeGramArgs, *, device: str) -> LoadedModel:
+    """Load what `args` name onto a device."""
+    folder = check_model_folder(args.model)
+    dtype = _DTYPES.get(args.dtype)
+    judge = Judge.from_pretrained(folder, device=device, dtype=dtype, max_batch_tokens=args.max_batch_tokens)
+
+    def count_tokens(pair: Pair) -> int | None:
+        ids = judge.encoder.encode(*pair)
+        return None if ids is None else 2 * len(ids)
+
+    revision = _revision(folder, dtype=args.dtype)
+    return LoadedModel(judge.compare, count_tokens, args.name or folder.name, revision)
+
+
+def check_model_folder(path: str) -> Path:
+    """The folder, if it can hold a model that is safe to load.
+
+    Raises:
+        ValueError: It is no folder with safetensors files.
+    """
+    folder = Path(path).expanduser().resolve()
+    if not folder.is_dir():
+        raise ValueError(
+            f"`model` is {path!r}; there is no such folder on this machine. Give the `model` folder of a run, or "
+            "download a model from the hub first."
+        )
+    if not any(folder.glob("*.safetensors")):
+        raise ValueError(
+            f"`model` is {path!r}; the folder holds no *.safetensors file. Give the `model` folder of a run; weights in "
+            "other formats can run code when they are loaded and are not served."
+        )
+    return folder
+
+
+def _revision(folder: Path, *, dtype: str) -> str:
+    """A short hash of everything that decides a score: weights, tokenizer, settings, arithmetic."""
+    digest = hashlib.sha256(dtype.encode())
+    for file in sorted(folder.iterdir()):
+        if file.suffix in (".json", ".jinja", ".safetensors", ".model", ".txt"):
+            digest.update(file.name.encode())
+            with file.open("rb") as content:
+                digest.update(hashlib.file_digest(content, "sha256").digest())
+    return digest.hexdigest()[:12]
+
+
+def _text(prompt: Prompt) -> str:
+    # As the data readers do it, so that a conversation scores online as it does offline.
+    if isinstance(prompt, str):
+        return prompt
+    return readable([{"role": message.role, "content": message.content} for message in prompt])

@@ -1,0 +1,179 @@
+"""Requests and responses of the serving endpoints; one place for their names, limits and examples.
+
+A request carries texts and choices, never a path or an address: nothing on the server's side is named by a client.
+Field docstrings are the descriptions in the OpenAPI document.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, Field, Tag
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+
+def _example(request: dict[str, Any]) -> ConfigDict:
+    return ConfigDict(json_schema_extra={"examples": [request]})
+
+
+def _not_blank(text: str) -> str:
+    if not text.strip():
+        raise ValueError("is empty or only white space; write some text")
+    return text
+
+
+def _prompt_kind(value: Any) -> str:
+    return "(messages)" if isinstance(value, list) else "(text)"
+
+
+Text = Annotated[str, Field(json_schema_extra={"minLength": 1, "pattern": r"\S"}), AfterValidator(_not_blank)]
+
+
+class Message(_Strict):
+    """One turn of a conversation."""
+
+    role: Literal["system", "user", "assistant"]
+    """Who speaks."""
+    content: Text
+    """What is said."""
+
+
+Prompt = Annotated[
+    Annotated[Text, Tag("(text)")] | Annotated[list[Message], Field(min_length=1), Tag("(messages)")],
+    Discriminator(_prompt_kind),
+]
+
+RankMethod = Literal["reference", "linear", "bracket", "round_robin"]
+
+
+class CompareRequest(_Strict):
+    """Two answers to one prompt."""
+
+    model_config = _example(
+        {"prompt": "Name a river in Peru.", "a": "The Ucayali.", "b": "Probably the Nile."}
+    )
+
+    prompt: Prompt
+    """What was asked: a text, or the messages of a conversation."""
+    a: Text
+    """The first answer."""
+    b: Text
+    """The second answer."""
+
+
+class RankRequest(_Strict):
+    """Several answers to one prompt."""
+
+    model_config = _example(
+        {"prompt": "Name a river in Peru.", "responses": ["Probably the Nile.", "The Ucayali.", "Lima."]}
+    )
+
+    prompt: Prompt
+    """What was asked: a text, or the messages of a conversation."""
+    responses: list[Text] = Field(min_length=2)
+    """The answers to put in order."""
+    method: RankMethod = "round_robin"
+    """Which pairs are compared. `round_robin`: every pair, n(n-1)/2 comparisons. `bracket` and `linear`: n-1 comparisons
+    that settle the first place only. `reference`: each answer against `reference`."""
+    reference: Text | None = None
+    """The answer to measure against; goes with method `reference` only."""
+
+
+class RewardRequest(_Strict):
+    """One answer, measured against another."""
+
+    model_config = _example(
+        {"prompt": "Name a river in Peru.", "response": "The Ucayali.", "reference": "Probably the Nile."}
+    )
+
+    prompt: Prompt
+    """What was asked: a text, or the messages of a conversation."""
+    response: Text
+    """The answer that is rewarded."""
+    reference: Text
+    """The answer it is measured against, e.g. the policy's greedy one."""
+
+
+class _FromModel(_Strict):
+    model: str
+    """Name of the model that answered."""
+    revision: str
+    """Changes with the weights and the judging settings: equal revisions give equal scores."""
+
+
+class CompareResponse(_FromModel):
+    """Which of two answers is better, read in both orders."""
+
+    p_a: float = Field(ge=0, le=1)
+    """Probability that `a` is better, both orders taken together."""
+    p_b: float = Field(ge=0, le=1)
+    """Probability that `b` is better: 1 - p_a."""
+    p_order1: float = Field(ge=0, le=1)
+    """Probability that `a` is better, read with `a` shown first."""
+    p_order2: float = Field(ge=0, le=1)
+    """Probability that `a` is better, read with `b` shown first."""
+    consistent: bool
+    """Whether both orders prefer the same answer."""
+
+
+class RankResponse(_FromModel):
+    """An order of the answers; numbers are positions in `responses`, from 0."""
+
+    order: list[int]
+    """Positions from the best answer to the worst; beyond the first place a guess for `bracket` and `linear`."""
+    best: int
+    """Position of the best answer."""
+    scores: list[float] | None
+    """Of each answer, in the order of `responses`: the probability to beat the reference, or the mean probability to beat
+    another answer (`round_robin`). Null for `bracket` and `linear`."""
+    comparisons: int
+    """How many pairs were compared."""
+    intransitive: bool | None
+    """Whether the comparisons run in a circle (a beats b, b beats c, c beats a); null if too few were made to tell."""
+
+
+class RewardResponse(_FromModel):
+    """The reward of one answer against another, in three scales."""
+
+    probability: float = Field(ge=0, le=1)
+    """Probability r that the response is better than the reference; 0.5 is parity."""
+    centred: float = Field(ge=-1, le=1)
+    """2r - 1."""
+    logit: float
+    """log(r / (1 - r)), cut to [-5, 5]."""
+    consistent: bool
+    """Whether both orders prefer the same answer."""
+
+
+class HealthResponse(_FromModel):
+    """The model is loaded and takes requests."""
+
+    status: Literal["ready"] = "ready"
+    pending_comparisons: int = Field(ge=0)
+    """Comparisons admitted by this replica and not finished."""
+
+
+class Problem(_Strict):
+    """One thing that is wrong with a request."""
+
+    field: str
+    """Where: a dotted path in the body, e.g. `responses.2`."""
+    problem: str
+    """What is wrong and what is allowed."""
+
+
+class Error(_Strict):
+    """What went wrong, for a program (`code`) and for a person (`message`)."""
+
+    code: str
+    message: str
+    problems: list[Problem] = []
+
+
+class ErrorResponse(_Strict):
+    """The body of every answer that is not a success."""
+
+    error: Error

@@ -1,0 +1,44 @@
+"""Environment and fixtures of all tests."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+
+import pytest
+
+# Before anything imports Ray, torch or matplotlib. Tests talk to no cluster but their own, so tokens only stand
+# in the way, and no test may reach for the network or a display.
+for _name, _value in {
+    "RAY_AUTH_MODE": "disabled",
+    "RAY_DISABLE_IMPORT_WARNING": "1",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "OMP_NUM_THREADS": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    "HF_HUB_OFFLINE": "1",
+    "MPLBACKEND": "Agg",
+}.items():
+    os.environ.setdefault(_name, _value)
+
+
+@pytest.fixture(scope="session")
+def ray_cluster() -> Iterator[None]:
+    """One private local Ray for all tests of the session, with four (possibly imaginary) CPU cores."""
+    import ray
+
+    # Sockets lie below this folder and their paths may not exceed 107 characters, hence no `tmp_path`.
+    folder = tempfile.mkdtemp(prefix="er-", dir="/tmp")
+    ray.init(
+        address="local",
+        num_cpus=4,
+        object_store_memory=200 * 2**20,
+        include_dashboard=False,
+        _temp_dir=folder,
+    )
+    try:
+        yield
+    finally:
+        ray.shutdown()
+        shutil.rmtree(folder, ignore_errors=True)
