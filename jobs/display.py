@@ -161,7 +161,7 @@ def _source(
 def _shown(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:.6g}"
-    return value if isinstance(value, str) else json.dumps(plain(value), ensure_ascii=False)
+    return value if isinstance(value, str) and value else json.dumps(plain(value), ensure_ascii=False)
 
 
 def _commit(git: dict[str, Any]) -> str:

@@ -14,13 +14,14 @@ import shlex
 import socket
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import ray
 import yaml
 from ray import serve
+from ray.serve.schema import LoggingConfig
 from rich.console import Console
 
 from eagleray.platform.cluster import check_placement, connected
@@ -69,7 +70,7 @@ def serve_models(
         console.print(serve_yaml(args, host=host, port=port), markup=False, soft_wrap=True, end="")
         return
     try:
-        with _running(args, host=host, port=port, address=address) as url:
+        with _running(args, host=host, port=port, address=address, access_log=True) as url:
             console.print(f"Serving {args.model} at {url} (interactive documentation: {url}/docs). Try:\n")
             header = "'content-type: application/json'"
             console.print(
@@ -103,7 +104,7 @@ def serving(model: str | Path, *, port: int = 0, address: str | None = None, **l
         ServingError: Ray Serve runs already on the cluster, the port is taken, or the model could not be loaded.
     """
     args = validate_config(ServeGramArgs, {"model": str(model), **limits}, "serving")
-    with _running(args, host="127.0.0.1", port=port, address=address) as url:
+    with _running(args, host="127.0.0.1", port=port, address=address, access_log=False) as url:
         yield url
 
 
@@ -125,7 +126,9 @@ def serve_yaml(args: ServeGramArgs, *, host: str, port: int) -> str:
 
 
 @contextmanager
-def _running(args: ServeGramArgs, *, host: str, port: int, address: str | None) -> Iterator[str]:
+def _running(
+    args: ServeGramArgs, *, host: str, port: int, address: str | None, access_log: bool
+) -> Iterator[str]:
     args = args.model_copy(update={"model": str(check_model_folder(args.model))})
     port = _free_port(host, port)
     with connected(RaySection(address=address)):
@@ -138,22 +141,33 @@ def _running(args: ServeGramArgs, *, host: str, port: int, address: str | None) 
                 "or add the model to it: `eagleray serve ... --print-yaml > gram.yaml; serve deploy gram.yaml`."
             )
         try:
-            serve.start(proxy_location="HeadOnly", http_options=_http_options(args, host=host, port=port))
-            _deploy(args)
-            yield f"http://{f'[{host}]' if ':' in host else host}:{port}"
+            serve.start(
+                proxy_location="HeadOnly",
+                http_options=_http_options(args, host=host, port=port),
+                logging_config=LoggingConfig(log_level="WARNING"),
+            )
+            try:
+                _deploy(args, access_log=access_log)
+                yield f"http://{f'[{host}]' if ':' in host else host}:{port}"
+            finally:
+                # Deleting first lets the requests in progress end; a shutdown alone would cut them off.
+                with suppress(TimeoutError):
+                    serve.delete(_APPLICATION)
         finally:
-            # Deleting first lets the requests in progress end; a shutdown alone would cut them off.
-            serve.delete(_APPLICATION)
             serve.shutdown()
 
 
-def _deploy(args: ServeGramArgs) -> None:
+def _deploy(args: ServeGramArgs, *, access_log: bool) -> None:
+    log = LoggingConfig(log_level="INFO" if access_log else "WARNING", enable_access_log=access_log)
     try:
-        serve.run(build_app(args), name=_APPLICATION, route_prefix="/")
+        serve.run(build_app(args), name=_APPLICATION, route_prefix="/", logging_config=log)
     except RuntimeError as error:
-        deployments = serve.status().applications[_APPLICATION].deployments
-        reasons = [status.message for status in deployments.values() if status.message]
-        raise ServingError(f"The model could not be served. {' '.join(reasons) or error}") from error
+        # Serve's message holds the remote traceback; its last line is the reason.
+        deployments = serve.status().applications[_APPLICATION].deployments.values()
+        reasons = [
+            status.message.strip().splitlines()[-1] for status in deployments if status.message.strip()
+        ]
+        raise ServingError(f"{args.model} could not be served: {' '.join(reasons) or error}") from error
 
 
 def _http_options(args: ServeGramArgs, *, host: str, port: int) -> dict[str, Any]:

@@ -103,6 +103,7 @@ def plot_comparison(run_dirs: Sequence[str | Path], out: str | Path) -> Path:
     figure = Figure(figsize=(6.4 * columns, 4 * rows), layout="constrained")
     grid = list(figure.subplots(rows, columns, squeeze=False).flat)
     names = short_names(folders)
+    figure.suptitle(" and ".join(names) if len(names) == 2 else f"{len(names)} runs")
     for axes, (label, key, kind) in zip(grid, panels, strict=False):
         for index, (name, curves) in enumerate(zip(names, runs, strict=True)):
             if key in curves[kind]:

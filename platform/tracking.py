@@ -14,7 +14,7 @@ import logging
 import math
 import time
 import uuid
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from types import ModuleType, TracebackType
 from typing import Any, Literal, Protocol, Self
@@ -43,7 +43,7 @@ class MetricsSink:
         resume_step: Optimiser steps that the resumed checkpoint has done; 0 for a fresh start.
 
     Raises:
-        ConfigError: A tracker is configured whose package is not installed.
+        ConfigError: A tracker is configured that is not installed or cannot be reached.
     """
 
     def __init__(self, run_dir: str | Path, tracking: TrackingSection, resume_step: int = 0) -> None:
@@ -200,12 +200,24 @@ class _WeightsAndBiases:
 def _trackers(run_dir: Path, tracking: TrackingSection, resume_step: int) -> list[_Tracker]:
     trackers: list[_Tracker] = []
     if tracking.mlflow is not None:
-        trackers.append(_MLflow(run_dir, tracking.mlflow))
+        trackers.append(_reach("mlflow", tracking.mlflow, lambda uri: _MLflow(run_dir, uri)))
     if tracking.wandb is not None:
-        trackers.append(_WeightsAndBiases(run_dir, tracking.wandb))
+        trackers.append(_reach("wandb", tracking.wandb, lambda project: _WeightsAndBiases(run_dir, project)))
     if tracking.tensorboard:
         trackers.append(_TensorBoard(run_dir, resume_step))
     return trackers
+
+
+def _reach(key: str, target: str, connect: Callable[[str], _Tracker]) -> _Tracker:
+    """Connect to a tracker; at the start of a run, a wrong address is better refused than lost in a log."""
+    try:
+        return connect(target)
+    except ConfigError:
+        raise
+    except Exception as error:
+        raise ConfigError(
+            f"`tracking.{key}` is {target!r}, which does not work: {error} Correct it, or set `tracking.{key}=null`."
+        ) from error
 
 
 def _optional(module: str, extra: str) -> ModuleType:

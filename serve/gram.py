@@ -274,7 +274,7 @@ def gram_app(service: GramService, args: ServeGramArgs) -> FastAPI:
     max_ongoing_requests=MAX_ONGOING_REQUESTS,
     max_queued_requests=MAX_ONGOING_REQUESTS,
     backpressure_config={"status_code": 429, "retry_after_s": 1},
-    max_constructor_retry_count=3,
+    max_constructor_retry_count=2,
 )
 @serve.ingress()
 class GramDeployment:

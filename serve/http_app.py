@@ -216,6 +216,8 @@ def _explain(error: dict[str, Any]) -> Problem:
             problem = f"has {context['actual_length']} item(s); at least {context['min_length']} are needed"
         case "string_type":
             problem = f"is {_kind(given)}; it must be a text"
+        case "string_unicode":
+            problem = "holds characters that are not valid Unicode"
         case "list_type":
             problem = f"is {_kind(given)}; it must be a list"
         case "model_attributes_type" | "model_type" | "dict_type":
@@ -229,9 +231,7 @@ def _explain(error: dict[str, Any]) -> Problem:
 
 
 def _shown(name: str) -> str:
-    """A name from a request as it can be printed: short, and without the lone surrogates that JSON allows."""
-    name = name if len(name) <= _LONGEST_NAME else name[:_LONGEST_NAME] + "..."
-    return name.encode("utf-8", "replace").decode()
+    return name if len(name) <= _LONGEST_NAME else name[:_LONGEST_NAME] + "..."
 
 
 def _kind(value: Any) -> str:

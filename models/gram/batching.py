@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-Ids = Sequence[int]
+Ids = list[int] | tuple[int, ...]
 
 # A group costs two more forward passes; below this many saved tokens it is not worth them.
 MIN_SAVED_TOKENS = 512
@@ -65,7 +65,7 @@ def prefix_groups(
     Returns:
         The groups that save at least `min_saved` tokens, and the indices in none of them.
     """
-    order = sorted(range(len(sequences)), key=lambda i: sequences[i])
+    order = sorted(range(len(sequences)), key=lambda i: tuple(sequences[i]))
     groups: list[PrefixGroup] = []
     rest: list[int] = []
 

@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 from peft import PeftConfig, PeftModel
 from transformers import AutoModelForCausalLM, PreTrainedModel
-from transformers.utils import cached_file
+from transformers.utils.hub import cached_file
 
 from eagleray.models.gram.prompts import LABELS, JudgeTemplate
 from eagleray.models.gram.tokenization import Overlong
@@ -91,7 +91,7 @@ def load_language_model(
         raise ValueError(f"{path}: the adapter has no adapter_model.safetensors; save it with safetensors.")
     config = PeftConfig.from_pretrained(str(path), revision=revision)
     base = AutoModelForCausalLM.from_pretrained(
-        config.base_model_name_or_path, revision=config.revision, **options
+        str(config.base_model_name_or_path), revision=config.revision, **options
     )
     return PeftModel.from_pretrained(base, str(path), revision=revision).merge_and_unload()
 

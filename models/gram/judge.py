@@ -160,7 +160,8 @@ class Judge:
                 )
         settings = settings.replaced(**overrides)
         device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        model = load_language_model(path, dtype=dtype, revision=revision).to(device)
+        model = load_language_model(path, dtype=dtype, revision=revision)
+        model.to(device)  # type: ignore[arg-type]
         tokenizer = AutoTokenizer.from_pretrained(path, revision=revision)
         encoder = JudgeEncoder(
             tokenizer,

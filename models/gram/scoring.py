@@ -75,6 +75,11 @@ def label_logits_shared(
     Returns:
         Logits [len(suffixes), 2], in the order of `suffixes`.
     """
+    if not can_share_prefix(model):
+        raise ValueError(
+            f"{type(unwrapped(model)).__name__} keeps more than keys and values of a prefix (a recurrent state, or a "
+            "static cache), which cannot be reused here. Use `label_logits` on the whole prompts."
+        )
     device = model_device(model)
     prefix_1T = torch.tensor([list(prefix)], device=device)
     with _label_rows_only(model, label_ids):
@@ -169,7 +174,7 @@ def _label_rows_only(model: nn.Module, label_ids: tuple[int, int]) -> Iterator[b
         rows = list(label_ids)
         return F.linear(hidden_BTD, head.weight[rows], None if head.bias is None else head.bias[rows])
 
-    head.forward = label_rows
+    head.forward = label_rows  # type: ignore[method-assign]
     try:
         yield True
     finally:
@@ -188,6 +193,7 @@ def _repeated(cache: DynamicCache, batch_size: int) -> DynamicCache:
     repeated = copy.copy(cache)
     repeated.layers = [copy.copy(layer) for layer in cache.layers]
     for layer in repeated.layers:
+        assert isinstance(layer, DynamicLayer) and layer.keys is not None and layer.values is not None
         layer.keys = layer.keys.expand(batch_size, -1, -1, -1)
         layer.values = layer.values.expand(batch_size, -1, -1, -1)
     return repeated

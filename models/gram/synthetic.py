@@ -77,7 +77,11 @@ _GREETINGS = ("", "", "", "Hello. ", "Please help me. ", "One more question. ", 
 _OPENINGS = ("", "", "Sure. ", "Good question. ", "Of course! ", "Well, let me see. ")
 _CLOSINGS = ("", "", "", " I hope that helps.", " That is all I know.", " Ask me if you want to know more.")
 _FILLERS = (" Everyone knows that.", " I saw it myself.", " I am quite sure.", " So they told me yesterday.")
-_MAX_STATEMENTS = 3
+_MAX_STATEMENTS = 2
+_DODGES = (
+    "I do not know.", "I cannot say.", "Why do you ask?", "That is not for me to say.", "Let us talk about it later.",
+)
+_DODGE_SHARE = 0.4
 
 
 def make_preferences(
@@ -158,7 +162,8 @@ def _triples(rng: Random, split: Split) -> Iterator[tuple[str, str, str]]:
         thing = f"the {rng.choice(_ADJECTIVES)} {noun}"
         question = rng.choice(KINDS[asked].questions).format(thing=thing)
         request = rng.choice(_GREETINGS) + question
-        answers = _answer(rng, KINDS[asked], noun), _answer(rng, KINDS[other], noun)
+        worse = _dodge(rng) if rng.random() < _DODGE_SHARE else _answer(rng, KINDS[other], noun)
+        answers = _answer(rng, KINDS[asked], noun), worse
         if split_of(request) == split:
             yield request, *answers
 
@@ -168,8 +173,12 @@ def _answer(rng: Random, kind: Kind, noun: str) -> str:
     sentences = []
     for template in rng.sample(kind.answers, rng.randint(1, _MAX_STATEMENTS)):
         sentences.append(template.format(it=rng.choice(("It", f"The {noun}")), value=value))
-    fillers = rng.sample(_FILLERS, rng.randint(0, 2))
+    fillers = rng.sample(_FILLERS, rng.randint(0, 1))
     return rng.choice(_OPENINGS) + " ".join(sentences) + "".join(fillers) + rng.choice(_CLOSINGS)
+
+
+def _dodge(rng):
+    return rng.choice(_OPENINGS) + " ".join(rng.sample(_DODGES, rng.randint(1, 2))) + rng.choice(_CLOSINGS)
 
 
 def _pattern(question: str) -> re.Pattern[str]:

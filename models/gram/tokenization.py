@@ -115,16 +115,17 @@ class ChatFrame:
         pattern = _control_pattern(tokenizer, control)
         prefix, self._lead = _split_after_last(pattern, before)
         self._trail, suffix = _split_before_first(pattern, after)
-        self._turn_trail, self.end_ids = "", []
+        self._turn_trail = ""
+        self.end_ids: list[int] = []
         if end := pattern.search(turn_end):
             self._turn_trail, closing = turn_end[: end.start()], end.group()
             self.end_ids = self._natural(tokenizer, closing)
         elif tokenizer.eos_token_id is not None:
-            self.end_ids = [tokenizer.eos_token_id]
-        self.prefix_ids = self._natural(tokenizer, prefix)
+            self.end_ids = [tokenizer.eos_token_id]  # type: ignore[list-item]
+        self.prefix_ids: list[int] = self._natural(tokenizer, prefix)
         self.suffix_ids = self._natural(tokenizer, suffix)
         if tokenizer.chat_template is None and tokenizer.bos_token_id is not None:
-            self.prefix_ids = [tokenizer.bos_token_id]
+            self.prefix_ids = [tokenizer.bos_token_id]  # type: ignore[list-item]
         inside_text = tokenizer.chat_template is not None and bool(self.prefix_ids)
         self.plain = PlainTokenizer(tokenizer, control, inside_text=inside_text)
         self._warn_if_unnatural(tokenizer, before, after)
@@ -139,7 +140,10 @@ class ChatFrame:
 
     @staticmethod
     def _natural(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-        return tokenizer.encode(text, add_special_tokens=False, split_special_tokens=False) if text else []
+        if not text:
+            return []
+        ids = tokenizer.encode(text, add_special_tokens=False, split_special_tokens=False)
+        return ids  # type: ignore[return-value]
 
     def _warn_if_unnatural(self, tokenizer: PreTrainedTokenizerBase, before: str, after: str) -> None:
         sample = "Which is better?\n\nThe first one."

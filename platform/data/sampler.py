@@ -118,8 +118,8 @@ class BatchSampler:
 def padding_share(micro_batches: Iterable[Sequence[int]], lengths: Sequence[int] | np.ndarray) -> float:
     """Share of positions that hold padding when each micro-batch is padded to its longest example.
 
-    >>> padding_share([[0, 1], [2]], [4, 2, 6])  # 2 of 4 + 4 + 6 positions
-    0.14285714285714285
+    >>> padding_share([[0, 1], [2]], [3, 1, 2])  # 2 of 3 + 3 + 2 positions
+    0.25
     """
     sizes = [np.asarray(lengths)[list(micro_batch)] for micro_batch in micro_batches]
     filled = sum(int(size.sum()) for size in sizes)

@@ -102,13 +102,16 @@ def test_follower_sees_each_whole_line_once(tmp_path: Path) -> None:
     assert [r["step"] for r in follower.new_records()] == [1]
 
 
-def test_follower_starts_anew_when_the_file_was_cut(tmp_path: Path) -> None:
+@pytest.mark.parametrize("added", [0, 5], ids=["shorter than before", "longer again"])
+def test_follower_starts_anew_when_the_file_was_cut(tmp_path: Path, added: int) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_text("".join(json.dumps(record(step, 0.0)) + "\n" for step in (1, 2, 3)))
     follower = MetricsFollower(path)
     assert [r["step"] for r in follower.new_records()] == [1, 2, 3]
     cut_metrics(path, 2)
-    assert [r["step"] for r in follower.new_records()] == [1, 2]
+    with path.open("a") as file:
+        file.writelines(json.dumps(record(step, 0.0)) + "\n" for step in range(3, 3 + added))
+    assert [r["step"] for r in follower.new_records()] == list(range(1, 3 + added))
 
 
 def test_log_lines_without_a_terminal(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -189,6 +189,19 @@ def test_mlflow_goes_on_in_the_same_run(tmp_path: Path, mlflow_calls: list[tuple
     ]
 
 
+@pytest.mark.usefixtures("mlflow_calls")
+def test_a_server_that_cannot_be_reached_at_the_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(*_: object, **__: object) -> None:
+        raise ConnectionError("connection refused.")
+
+    monkeypatch.setattr(FakeMLflowClient, "get_experiment_by_name", refused)
+    expected = r"`tracking\.mlflow` is 'http://nowhere', which does not work: connection refused\. Correct it"
+    with pytest.raises(ConfigError, match=expected):
+        MetricsSink(tmp_path, TrackingSection(tensorboard=False, mlflow="http://nowhere"))
+
+
 def test_wandb_goes_on_in_the_same_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     inits: list[dict[str, Any]] = []
     logged: list[dict[str, float]] = []

@@ -218,9 +218,9 @@ INVALID: list[tuple[str, Any, str, str]] = [
     ),
     (
         "/rank",
-        RANK | {"method": "\ud800"},  # a lone surrogate: valid JSON, but it cannot be printed
+        RANK | {"method": "\ud800"},  # a lone surrogate: valid JSON, but no Unicode text
         "method",
-        "is '?'; it must be 'reference', 'linear', 'bracket' or 'round_robin'",
+        "holds characters that are not valid Unicode",
     ),
     ("/rank", RANK | {"method": "reference"}, "reference", "is missing; method 'reference' needs it"),
     ("/rank", RANK | {"reference": "r"}, "reference", "goes with method 'reference' only"),

@@ -168,4 +168,10 @@ def test_a_million_examples_are_quick():
     sampler = sampler_of(lengths_of(1_000_000), batch_size=64, micro_batch_size=8, bucket_batches=50)
     built = [sampler.batch(step) for step in range(50)]
     assert sum(map(len, built)) == 3200
-    assert len(sampler._epochs) == 1
+
+
+def test_no_more_than_two_epochs_are_held_in_memory():
+    sampler = sampler_of(lengths_of(11))
+    for step in range(50):
+        sampler.batch(step)
+        assert len(sampler._epochs) <= 2

@@ -237,6 +237,15 @@ def test_array_element_that_is_no_object_is_handed_on(tmp_path):
     assert str(error) == f"{path}:2: not a JSON object: found int, expected {{...}}"
 
 
+def test_number_that_runs_over_a_chunk_is_one_element(tmp_path, monkeypatch):
+    path = tmp_path / "rows.json"
+    path.write_text('[123456789, {"a": 1}]')
+    for chunk in range(1, 12):
+        monkeypatch.setattr(sources, "_CHUNK", chunk)
+        error, row = read(path)
+        assert (error.reason, row.values) == ("not a JSON object", {"a": 1})
+
+
 def test_data_error_survives_pickling():
     error = DataError("f:1", "broken JSON", "why")
     copy = pickle.loads(pickle.dumps(error))

@@ -1,0 +1,42 @@
+"""Prepared examples: written once, memory-mapped, complete or not there."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from eagleray.platform.data.examples import Examples, write_examples
+
+
+def _rows(count: int) -> list[dict[str, Any]]:
+    return [{"id": f"ü{i}", "input_ids": list(range(i % 7)), "length": i % 7, "score": i / 2} for i in range(count)]
+
+
+def test_round_trip_over_several_batches(tmp_path: Path) -> None:
+    rows = _rows(2500)
+    assert write_examples(tmp_path / "train.arrow", iter(rows)) == 2500
+    examples = Examples(tmp_path / "train.arrow")
+    assert len(examples) == 2500
+    for i in (0, 1023, 1024, 2499):
+        row = examples[i]
+        assert row["input_ids"].dtype == np.int32 and row["input_ids"].tolist() == rows[i]["input_ids"]
+        assert (row["id"], row["length"], row["score"]) == (rows[i]["id"], rows[i]["length"], rows[i]["score"])
+    assert examples.column("length").tolist() == [row["length"] for row in rows]
+
+
+def test_nothing_left_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="No example is left for 'train'"):
+        write_examples(tmp_path / "train.arrow", [])
+
+
+def test_interrupted_writing_leaves_no_file(tmp_path: Path) -> None:
+    def broken() -> Any:
+        yield from _rows(1500)
+        raise KeyError("interrupted")
+
+    with pytest.raises(KeyError, match="interrupted"):
+        write_examples(tmp_path / "train.arrow", broken())
+    assert not (tmp_path / "train.arrow").exists()

@@ -1,0 +1,278 @@
+"""A real judge behind real Ray Serve over HTTP: every endpoint, equal to the offline scores; and what is refused early."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import torch
+import yaml
+from builders import tiny_model, tiny_tokenizer
+from ray.serve.schema import ServeDeploySchema
+
+from eagleray.jobs.serve import ServingError, serve_models, serve_yaml, serving
+from eagleray.models.gram.judge import Judge
+from eagleray.models.gram.prompts import JudgeEncoder, JudgeTemplate
+from eagleray.models.gram.ranking import rank
+from eagleray.serve.gram import ServeGramArgs, build_app, check_model_folder, load_model
+
+PROMPT = "Name a river in Peru."
+ANSWERS = [
+    "The Ucayali flows through the forest.",
+    "Lima.",
+    "numbers 0 1 2 3 4 5 6 7 8 9",
+    "A short and useful answer is better than a long one. " * 4,
+]
+
+
+@pytest.fixture(scope="module")
+def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random Llama with the settings of a judge, as a training run leaves it."""
+    folder = tmp_path_factory.mktemp("served") / "tiny-judge"
+    tokenizer = tiny_tokenizer()
+    model = tiny_model()
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    encoder = JudgeEncoder(tokenizer, JudgeTemplate.load("eagleray"), max_length=512)
+    Judge(model, encoder).save_settings(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def judge(model_folder: Path) -> Judge:
+    return Judge.from_pretrained(model_folder, device="cpu")
+
+
+# ---------------------------------------------------------------- without Ray
+
+
+def test_the_shipped_yaml_is_valid_for_serve_deploy_and_stays_on_this_machine() -> None:
+    path = Path(__file__).parents[2] / "serve" / "gram.yaml"
+    values = yaml.safe_load(path.read_text())
+    ServeDeploySchema.model_validate(values)
+    assert values["http_options"]["host"] == "127.0.0.1"
+    [application] = values["applications"]
+    assert application["import_path"] == f"{build_app.__module__}:{build_app.__name__}"
+    ServeGramArgs.model_validate(application["args"])
+    assert {deployment["name"] for deployment in application["deployments"]} == {"gram"}
+
+
+def test_the_printed_yaml_builds_the_same_application(model_folder: Path) -> None:
+    args = ServeGramArgs(model=str(model_folder), max_responses=7, cpus=2)
+    values = yaml.safe_load(serve_yaml(args, host="127.0.0.1", port=8123))
+    ServeDeploySchema.model_validate(values)
+    assert values["http_options"]["port"] == 8123
+    [application] = values["applications"]
+    assert ServeGramArgs.model_validate(application["args"]) == args
+
+
+def test_print_yaml_starts_nothing(model_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    serve_models([f"gram={model_folder}", "gram.max_responses=7"], print_yaml=True)
+    [application] = yaml.safe_load(capsys.readouterr().out)["applications"]
+    assert application["args"]["model"] == str(model_folder)
+    assert application["args"]["max_responses"] == 7
+
+
+def test_ray_learns_the_type_of_the_arguments() -> None:
+    # Ray Serve reads this annotation; were it a string, wrong YAML would reach the model unchecked.
+    assert build_app.__annotations__["args"] is ServeGramArgs
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.168.1.5", "example.org"])
+def test_other_hosts_are_refused(host: str) -> None:
+    with pytest.raises(ServingError, match=r"no API keys.*--insecure-bind"):
+        serve_models(["gram=somewhere"], host=host)
+
+
+def test_a_taken_port_is_named(model_folder: Path) -> None:
+    import socket
+
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        with (
+            pytest.raises(ServingError, match=rf"Cannot listen on 127.0.0.1:{port}.*Choose another port"),
+            serving(model_folder, port=port),
+        ):
+            pass
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ([], "`gram` is required"),
+        (["gram=x", "gram.max_response=3"], "did you mean `gram.max_responses`"),
+        (["gram=x", "gram.timeout_s=0"], "greater than 0"),
+        (["x"], "not of the form key=value"),
+    ],
+)
+def test_wrong_settings_are_explained(settings: list[str], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        serve_models(settings)
+
+
+def test_only_folders_with_safetensors_are_served(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="there is no such folder"):
+        check_model_folder(str(tmp_path / "missing"))
+    torch.save({}, tmp_path / "pytorch_model.bin")
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"no \*.safetensors file.*not served"):
+        check_model_folder(str(tmp_path))
+
+
+def test_the_revision_follows_weights_settings_and_dtype(model_folder: Path, tmp_path: Path) -> None:
+    def revision(folder: Path, **args: Any) -> str:
+        return load_model(ServeGramArgs(model=str(folder), **args), device="cpu").revision
+
+    def copy(name: str) -> Path:
+        (tmp_path / name).mkdir()
+        for file in model_folder.iterdir():
+            (tmp_path / name / file.name).write_bytes(file.read_bytes())
+        return tmp_path / name
+
+    original, weights, settings = revision(model_folder), copy("weights"), copy("settings")
+    assert revision(copy("same")) == original
+    tiny_model(seed=1).save_pretrained(weights)
+    values = json.loads((settings / "gram.json").read_text())
+    (settings / "gram.json").write_text(json.dumps(values | {"swap_average": "logit"}))
+    others = {revision(weights), revision(settings), revision(model_folder, dtype="bf16")}
+    assert len(others | {original}) == 4
+
+
+def test_a_pair_costs_the_tokens_of_both_orders(model_folder: Path, judge: Judge) -> None:
+    model = load_model(ServeGramArgs(model=str(model_folder)), device="cpu")
+    pair = (PROMPT, ANSWERS[0], ANSWERS[1])
+    ids = judge.encoder.encode(*pair)
+    assert ids is not None and model.count_tokens(pair) == 2 * len(ids)
+    assert model.name == "tiny-judge"
+
+
+# ---------------------------------------------------------------- with Ray Serve
+
+LIMITS = {"max_responses": 8, "max_pending": 28, "max_body_bytes": 20_000, "cpus": 1}
+
+
+@pytest.fixture(scope="module")
+def server(ray_cluster: None, model_folder: Path) -> Iterator[httpx.Client]:
+    with (
+        serving(model_folder, max_wait_s=0.3, **LIMITS) as url,
+        httpx.Client(base_url=url, timeout=60, limits=httpx.Limits(max_connections=64)) as client,
+    ):
+        yield client
+
+
+@pytest.mark.ray
+def test_served_scores_equal_offline_scores(server: httpx.Client, judge: Judge) -> None:
+    a, b = ANSWERS[0], ANSWERS[1]
+    [offline] = judge.compare([(PROMPT, a, b)])
+    body = server.post("/compare", json={"prompt": PROMPT, "a": a, "b": b}).json()
+    for key in ("p_a", "p_b", "p_order1", "p_order2"):
+        assert body[key] == pytest.approx(getattr(offline, key), abs=1e-6)
+    assert body["consistent"] == offline.consistent
+    assert body["model"] == "tiny-judge" and body["revision"] == server.get("/healthz").json()["revision"]
+
+    body = server.post("/reward", json={"prompt": PROMPT, "response": a, "reference": b}).json()
+    assert body["probability"] == pytest.approx(offline.p_a, abs=1e-6)
+    assert body["centred"] == pytest.approx(2 * offline.p_a - 1, abs=1e-6)
+
+
+@pytest.mark.ray
+@pytest.mark.parametrize("method", ["round_robin", "bracket", "linear", "reference"])
+def test_served_rankings_equal_offline_rankings(server: httpx.Client, judge: Judge, method: Any) -> None:
+    reference = "Peru." if method == "reference" else None
+    offline = rank(judge.compare, PROMPT, ANSWERS, method=method, reference=reference)
+    request = {"prompt": PROMPT, "responses": ANSWERS, "method": method, "reference": reference}
+    body = server.post("/rank", json=request).json()
+    assert body["order"] == list(offline.order) and body["best"] == offline.best
+    assert body["comparisons"] == offline.comparisons and body["intransitive"] == offline.intransitive
+    if offline.scores is None:
+        assert body["scores"] is None
+    else:
+        assert body["scores"] == pytest.approx(offline.scores, abs=1e-6)
+
+
+@pytest.mark.ray
+def test_concurrent_requests_do_not_change_each_other(server: httpx.Client, judge: Judge) -> None:
+    pairs = [
+        (f"Question {i}: {PROMPT}", ANSWERS[i % 4], ANSWERS[(i + 1 + i // 4) % 4] + f" {i}")
+        for i in range(16)
+    ]
+    offline = judge.compare(pairs)
+
+    def ask(pair: tuple[str, str, str]) -> float:
+        answer = server.post("/compare", json=dict(zip(("prompt", "a", "b"), pair, strict=True)))
+        assert answer.status_code == 200, answer.text
+        return answer.json()["p_a"]
+
+    with ThreadPoolExecutor(len(pairs)) as pool:
+        served = list(pool.map(ask, pairs))
+    assert served == pytest.approx([result.p_a for result in offline], abs=1e-6)
+
+
+@pytest.mark.ray
+def test_refusals_over_http(server: httpx.Client) -> None:
+    invalid = server.post("/rank", json={"prompt": PROMPT, "responses": ANSWERS, "method": "best"})
+    assert invalid.status_code == 422
+    assert invalid.json()["error"]["problems"][0]["field"] == "method"
+    many = server.post("/rank", json={"prompt": PROMPT, "responses": ANSWERS * 3})
+    assert many.status_code == 422 and "at most 8" in many.json()["error"]["message"]
+
+    large = {"prompt": PROMPT, "a": "y" * 30_000, "b": "n"}
+    declared = server.post("/compare", json=large)
+    streamed = server.post(
+        "/compare", content=iter([json.dumps(large).encode()]), headers={"content-type": "application/json"}
+    )
+    for answer in (declared, streamed):
+        assert answer.status_code == 413
+        assert answer.json()["error"]["code"] == "body_too_large"
+
+
+@pytest.mark.ray
+def test_overload_is_429_and_what_was_admitted_is_answered(server: httpx.Client) -> None:
+    responses = [f"{answer} {i}" for i in range(2) for answer in ANSWERS]
+
+    def ask(number: int) -> httpx.Response:
+        return server.post("/rank", json={"prompt": f"{number} {PROMPT}", "responses": responses})
+
+    with ThreadPoolExecutor(16) as pool:
+        answers = list(pool.map(ask, range(16)))
+    codes = [answer.status_code for answer in answers]
+    assert set(codes) == {200, 429}
+    for answer in answers:
+        if answer.status_code == 429:
+            assert int(answer.headers["retry-after"]) >= 1
+            assert answer.json()["error"]["code"] == "queue_full"
+        else:
+            assert answer.json()["comparisons"] == 28
+    assert server.get("/healthz").json()["pending_comparisons"] == 0
+
+
+@pytest.mark.ray
+def test_work_of_a_client_that_went_away_is_dropped(server: httpx.Client) -> None:
+    """A linear scan of 8 takes 7 rounds of at least 0.3 s; the client leaves in the second one."""
+    request = {
+        "prompt": PROMPT,
+        "responses": [f"{a} {i}" for i in range(2) for a in ANSWERS],
+        "method": "linear",
+    }
+    started = time.monotonic()
+    with pytest.raises(httpx.ReadTimeout):
+        server.post("/rank", json=request, timeout=0.4)
+    assert server.get("/healthz").json()["pending_comparisons"] in (0, 7)
+    while server.get("/healthz").json()["pending_comparisons"]:
+        assert time.monotonic() - started < 7 * 0.3, "the ranking went on"
+        time.sleep(0.02)
+
+
+@pytest.mark.ray
+def test_a_second_server_on_the_same_ray_is_refused(server: httpx.Client, model_folder: Path) -> None:
+    with pytest.raises(ServingError, match="Ray Serve runs already"), serving(model_folder, cpus=1):
+        pass
+    assert server.get("/healthz").status_code == 200
