@@ -16,7 +16,9 @@ JOBS = {
     "backbone.pretrain": "eagleray.jobs.backbone.pretrain",
     "gram.pretrain": "eagleray.jobs.gram.pretrain",
     "gram.finetune": "eagleray.jobs.gram.finetune",
+    "gram.discriminative": "eagleray.jobs.gram.discriminative",
     "gram.evaluate": "eagleray.jobs.gram.evaluate",
+    "gram.demo": "eagleray.jobs.gram.demo",
 }
 """Job name -> module."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 from collections.abc import Iterator
 
@@ -31,7 +32,7 @@ def connected(section: RaySection) -> Iterator[None]:
         return
     address = section.address or ("auto" if _JOB_ENVIRONMENT in os.environ else "local")
     try:
-        ray.init(address=address, log_to_driver=True, logging_level="warning")
+        ray.init(address=address, log_to_driver=True, logging_level=logging.WARNING)
     except (ConnectionError, ValueError, RuntimeError) as error:
         raise PlacementError(
             f"`ray.address` is {address!r}; no cluster can be reached there: {error}"

@@ -129,7 +129,16 @@ def json_schema(cls: type[Config]) -> dict[str, Any]:
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.1 reads `1e-5` as text; numbers in exponent form are numbers here."""
+    """YAML with two habits of YAML 1.1 mended: `1e-5` is a number, and a key given twice is an error."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        twice = next((key for i, key in enumerate(keys) if key in keys[:i]), None)
+        if twice is not None:
+            raise yaml.constructor.ConstructorError(
+                None, None, f"the key `{twice}` is given twice", node.start_mark
+            )
+        return super().construct_mapping(node, deep)
 
 
 _Loader.add_implicit_resolver(
@@ -144,18 +153,37 @@ def _apply_override(values: dict[str, Any], override: str) -> None:
     if not separator or not all(key.split(".")):
         raise ConfigError(f"Override {override!r} is not of the form key=value, e.g. optim.lr=2e-5.")
     *parents, leaf = key.split(".")
-    node = values
+    node: Any = values
     for name in parents:
+        node = _child(node, name, override)
+    try:
+        value = yaml.load(text, Loader=_Loader)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"Override {override!r}: the value is not YAML: {error}") from None
+    if isinstance(node, list):
+        node[_position(node, leaf, override)] = value
+    else:
+        node[leaf] = value
+
+
+def _child(node: Any, name: str, override: str) -> Any:
+    if isinstance(node, list):
+        child = node[_position(node, name, override)]
+    else:
         child = node.get(name)
         if child is None:
             child = node[name] = {}
-        if not isinstance(child, dict):
-            raise ConfigError(f"Override {override!r}: `{name}` holds a value, it has no key under it.")
-        node = child
-    try:
-        node[leaf] = yaml.load(text, Loader=_Loader)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"Override {override!r}: the value is not YAML: {error}") from None
+    if not isinstance(child, dict | list):
+        raise ConfigError(f"Override {override!r}: `{name}` holds a value, it has no key under it.")
+    return child
+
+
+def _position(items: list[Any], name: str, override: str) -> int:
+    if not name.isdigit() or int(name) >= len(items):
+        raise ConfigError(
+            f"Override {override!r}: {name!r} is not a position in a list of {len(items)}; they count from 0."
+        )
+    return int(name)
 
 
 def _explain(cls: type[Config], problem: dict[str, Any]) -> str:

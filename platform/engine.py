@@ -63,19 +63,15 @@ def build_engine(model: nn.Module, cfg: TrainingConfig, *, total_steps: int) -> 
         ValueError: fp16 was asked for without a GPU.
     """
     import deepspeed
-    from transformers import get_scheduler
 
     if cfg.train.precision == "fp16" and not torch.cuda.is_available():
         raise ValueError("`train.precision` is fp16, which needs a GPU; use bf16 or fp32 on CPUs.")
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    warmup = round(cfg.optim.warmup_ratio * total_steps)
-    schedule = "constant_with_warmup" if cfg.optim.schedule == "constant" else cfg.optim.schedule
-    engine, optimizer, _, _ = deepspeed.initialize(
+    optimizer = _build_optimizer(model, cfg.optim, offload=cfg.deepspeed.offload_optimizer)
+    engine, *_ = deepspeed.initialize(
         model=Stepper(model),
-        optimizer=_build_optimizer(model, cfg.optim, offload=cfg.deepspeed.offload_optimizer),
-        lr_scheduler=lambda optimizer: get_scheduler(
-            schedule, optimizer, num_warmup_steps=warmup, num_training_steps=total_steps
-        ),
+        optimizer=optimizer,
+        lr_scheduler=lambda wrapped: _schedule(wrapped, cfg.optim, total_steps),  # type: ignore[arg-type]
         config=deepspeed_config(cfg),
         dist_init_required=False,
     )
@@ -93,7 +89,7 @@ def sharded_loading(cfg: TrainingConfig) -> Iterator[None]:
     if cfg.deepspeed.zero_stage != 3:
         yield
         return
-    from transformers.integrations import HfDeepSpeedConfig, unset_hf_deepspeed_config
+    from transformers.integrations.deepspeed import HfDeepSpeedConfig, unset_hf_deepspeed_config
 
     keep_alive = HfDeepSpeedConfig(deepspeed_config(cfg))  # transformers holds only a weak reference
     try:
@@ -101,6 +97,14 @@ def sharded_loading(cfg: TrainingConfig) -> Iterator[None]:
     finally:
         del keep_alive
         unset_hf_deepspeed_config()
+
+
+def _schedule(optimizer: Any, optim: OptimSection, total_steps: int) -> Any:
+    from transformers import get_scheduler
+
+    name = "constant_with_warmup" if optim.schedule == "constant" else optim.schedule
+    warmup = round(optim.warmup_ratio * total_steps)
+    return get_scheduler(name, optimizer, num_warmup_steps=warmup, num_training_steps=total_steps)
 
 
 def _build_optimizer(model: nn.Module, optim: OptimSection, *, offload: bool) -> torch.optim.Optimizer:

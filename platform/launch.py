@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import logging
 import os
 import shutil
-from collections.abc import Callable, Sequence
+import signal
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -100,22 +103,41 @@ def _fit(
             callbacks=list(callbacks),
         ),
     )
-    with training_progress(run.path, total_steps=steps, description=cfg.run.note or job):
+    with (
+        training_progress(run.path, total_steps=steps, description=cfg.run.note or job),
+        _own_signal_handlers(),
+    ):
         try:
-            return trainer.fit().return_value
+            summary = trainer.fit().return_value
         except TrainingFailedError as error:
             raise TrainingError(f"{_reason(error)} Resume with `run.dir={run.path}`.") from error
+    assert summary is not None, "worker 0 returns the summary of the run"
+    return summary
+
+
+@contextlib.contextmanager
+def _own_signal_handlers() -> Iterator[None]:
+    """Ray Train leaves its SIGINT handler behind, which would send a later Ctrl-C to a controller that is gone."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.getsignal(signal.SIGINT)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _train_worker(loop: dict[str, Any]) -> dict[str, float]:
     """What runs in each Ray Train worker."""
     import ray.train
     import torch
-
     from transformers.utils import logging as transformers_logging
 
-    for name in ("torch.utils.cpp_extension", "ray.train"):  # our own progress says what matters
-        logging.getLogger(name).setLevel(logging.ERROR)
+    # Ray would log every report of every worker; our own progress says what matters.
+    logging.getLogger().setLevel(logging.WARNING)
+    logging.getLogger("eagleray").setLevel(logging.INFO)
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
     transformers_logging.disable_progress_bar()
     if not torch.cuda.is_available():
         os.environ["DS_ACCELERATOR"] = "cpu"

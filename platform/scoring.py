@@ -71,6 +71,8 @@ class _Worker:
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, Any]:
         index = batch.pop("_index")
-        results = self._score([dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)])
+        results = self._score(
+            [dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)]
+        )
         columns = {name: np.array([result[name] for result in results]) for name in results[0]}
         return {"_index": index, **columns}

@@ -61,7 +61,7 @@ class LoraSection(Config):
 
     rank: int = Field(default=16, ge=1)
     """Rank r of the update BA."""
-    alpha: float = Field(default=32.0, gt=0)
+    alpha: int = Field(default=32, ge=1)
     """Scale: the update is multiplied by alpha / r."""
     dropout: float = Field(default=0.0, ge=0, lt=1)
     """Dropout on the adapter input."""

@@ -12,13 +12,11 @@ those of `Judge.compare`, called here with larger batches and nothing else.
 # arguments, and passes the YAML on unchecked when it finds a string.
 
 import asyncio
-import hashlib
 import threading
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 import ray
@@ -31,8 +29,8 @@ from ray.serve import Application
 from eagleray.models.gram.alignment import transform_reward
 from eagleray.models.gram.judge import Comparison, Judge, Pair
 from eagleray.models.gram.ranking import Compare, Ranking, rank
-from eagleray.platform.config import Config
 from eagleray.platform.data.layouts import readable
+from eagleray.platform.serving import ServedModel, model_folder, model_revision
 from eagleray.serve.batching import Batcher, BatcherClosed
 from eagleray.serve.http_app import ERROR_RESPONSES, invalid, new_app
 from eagleray.serve.protocol import (
@@ -53,19 +51,11 @@ MAX_ONGOING_REQUESTS = 256
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-class ServeGramArgs(Config):
-    """Arguments of `build_app`: the model, its share of the machine, and the limits on requests."""
+class Args(ServedModel):
+    """Argument of `build_app`: the model, its share of the machine, and the limits on requests."""
 
-    model: str
-    """Folder of the model, readable on every node that runs a replica; weights must be safetensors."""
-    name: str | None = None
-    """Name shown to clients. Default: the folder's."""
     dtype: Literal["saved", "fp32", "bf16", "fp16"] = "saved"
     """Arithmetic of the model; `saved` keeps that of the weights."""
-    cpus: float = Field(default=1, gt=0)
-    """CPU cores of one replica; without a GPU, also its threads."""
-    gpus: float | Literal["auto"] = "auto"
-    """GPUs of one replica, or a share of one. `auto`: one if the cluster has any."""
     max_batch_tokens: int = Field(default=16384, ge=1)
     """Most tokens of one batch, both orders counted; also the judge's limit for one forward pass."""
     max_wait_s: float = Field(default=0.004, ge=0)
@@ -76,11 +66,9 @@ class ServeGramArgs(Config):
     """Most answers in one `/rank` request."""
     max_body_bytes: int = Field(default=4 * 2**20, ge=1)
     """Largest request body; larger ones get 413."""
-    timeout_s: float = Field(default=60, gt=0)
-    """Longest time for one request; it gets 504 then, and its work is dropped."""
 
     @model_validator(mode="after")
-    def _largest_ranking_fits(self) -> "ServeGramArgs":
+    def _largest_ranking_fits(self) -> "Args":
         most = comparisons_needed("round_robin", self.max_responses)
         if most > self.max_pending:
             raise ValueError(
@@ -104,7 +92,7 @@ class LoadedModel:
 class GramService:
     """The work behind the endpoints, without HTTP: checks that need settings, batching, ranking in rounds."""
 
-    def __init__(self, model: LoadedModel, args: ServeGramArgs):
+    def __init__(self, model: LoadedModel, args: Args):
         self._model = model
         self._max_responses = args.max_responses
         self.batcher = Batcher[Pair, Comparison](
@@ -233,7 +221,7 @@ def comparisons_needed(method: RankMethod, responses: int) -> int:
     return counts[method]
 
 
-def gram_app(service: GramService, args: ServeGramArgs) -> FastAPI:
+def gram_app(service: GramService, args: Args) -> FastAPI:
     """The HTTP application around a service."""
 
     @asynccontextmanager
@@ -280,7 +268,7 @@ def gram_app(service: GramService, args: ServeGramArgs) -> FastAPI:
 class GramDeployment:
     """One replica: a model, its batcher and the endpoints."""
 
-    def __init__(self, args: ServeGramArgs):
+    def __init__(self, args: Args):
         on_gpu = bool(ray.get_runtime_context().get_accelerator_ids().get("GPU"))
         if not on_gpu:
             torch.set_num_threads(max(1, int(args.cpus)))
@@ -295,20 +283,17 @@ class GramDeployment:
         self._service.health()
 
 
-def build_app(args: ServeGramArgs) -> Application:
+def build_app(args: Args) -> Application:
     """The Serve application; `eagleray.serve.gram:build_app` is the import path for `serve deploy`."""
-    gpus = args.gpus
-    if gpus == "auto":
-        gpus = 1 if ray.is_initialized() and ray.cluster_resources().get("GPU", 0) >= 1 else 0
     return GramDeployment.options(
-        ray_actor_options={"num_cpus": args.cpus, "num_gpus": gpus},
+        ray_actor_options=args.actor_options(),
         graceful_shutdown_timeout_s=args.timeout_s + 10,
     ).bind(args)
 
 
-def load_model(args: ServeGramArgs, *, device: str) -> LoadedModel:
+def load_model(args: Args, *, device: str) -> LoadedModel:
     """Load what `args` name onto a device."""
-    folder = check_model_folder(args.model)
+    folder = model_folder(args.model)
     dtype = _DTYPES.get(args.dtype)
     judge = Judge.from_pretrained(folder, device=device, dtype=dtype, max_batch_tokens=args.max_batch_tokens)
 
@@ -316,39 +301,9 @@ def load_model(args: ServeGramArgs, *, device: str) -> LoadedModel:
         ids = judge.encoder.encode(*pair)
         return None if ids is None else 2 * len(ids)
 
-    revision = _revision(folder, dtype=args.dtype)
-    return LoadedModel(judge.compare, count_tokens, args.name or folder.name, revision)
-
-
-def check_model_folder(path: str) -> Path:
-    """The folder, if it can hold a model that is safe to load.
-
-    Raises:
-        ValueError: It is no folder with safetensors files.
-    """
-    folder = Path(path).expanduser().resolve()
-    if not folder.is_dir():
-        raise ValueError(
-            f"`model` is {path!r}; there is no such folder on this machine. Give the `model` folder of a run, or "
-            "download a model from the hub first."
-        )
-    if not any(folder.glob("*.safetensors")):
-        raise ValueError(
-            f"`model` is {path!r}; the folder holds no *.safetensors file. Give the `model` folder of a run; weights in "
-            "other formats can run code when they are loaded and are not served."
-        )
-    return folder
-
-
-def _revision(folder: Path, *, dtype: str) -> str:
-    """A short hash of everything that decides a score: weights, tokenizer, settings, arithmetic."""
-    digest = hashlib.sha256(dtype.encode())
-    for file in sorted(folder.iterdir()):
-        if file.suffix in (".json", ".jinja", ".safetensors", ".model", ".txt"):
-            digest.update(file.name.encode())
-            with file.open("rb") as content:
-                digest.update(hashlib.file_digest(content, "sha256").digest())
-    return digest.hexdigest()[:12]
+    return LoadedModel(
+        judge.compare, count_tokens, args.name or folder.name, model_revision(folder, args.dtype)
+    )
 
 
 def _text(prompt: Prompt) -> str:

@@ -27,7 +27,8 @@ ARCHITECTURES: tuple[Architecture, ...] = ("llama", "qwen3", "mistral")
 BOS, EOS, PAD, TURN = "<|bos|>", "<|im_end|>", "<|pad|>", "<|im_start|>"
 THINK, END_THINK = "<think>", "</think>"
 
-# ChatML with the switches of the templates in use: a begin-of-text token, and an empty think block on request.
+# ChatML with the switches of the templates in use: a begin-of-text token, and an empty think block on
+# request.
 CHAT_TEMPLATE = (
     "{{ bos_token }}"
     "{%- for message in messages %}"
@@ -35,14 +36,17 @@ CHAT_TEMPLATE = (
     "{%- endfor %}"
     "{%- if add_generation_prompt %}"
     "{{ '<|im_start|>assistant\n' }}"
-    "{%- if enable_thinking is defined and enable_thinking is false %}{{ '<think>\n\n</think>\n\n' }}{%- endif %}"
+    "{%- if enable_thinking is defined and enable_thinking is false %}"
+    "{{ '<think>\n\n</think>\n\n' }}"
+    "{%- endif %}"
     "{%- endif %}"
 )
 
 _CORPUS = (
     "You compare two candidate answers to one request and decide which serves the request better.",
-    "[The Start of Assistant A's Answer] [The End of Assistant B's Answer] [User Question] #Preferred: user assistant",
-    "Name a river in Peru. The Ucayali flows through the forest. A short and useful answer is better than a long one.",
+    "[The Start of Assistant A's Answer] [The End of Assistant B's Answer] [User Question] #Preferred:",
+    "user assistant Name a river in Peru. The Ucayali flows through the forest.",
+    "A short and useful answer is better than a long one.",
     "numbers 0 1 2 3 4 5 6 7 8 9 and words in sentences, with commas, and full stops.",
 )
 
@@ -63,7 +67,7 @@ def _trained_backend() -> str:
 
 
 def tiny_tokenizer(*, chat: bool = True) -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer of some 450 tokens, with a ChatML template unless `chat` is off; pad is not eos."""
+    """A byte-level BPE tokenizer of some 450 tokens, with a ChatML template or none; pad is not eos."""
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer.from_str(_trained_backend()),
         bos_token=BOS,

@@ -127,7 +127,7 @@ def pad_right(rows: Sequence[Sequence[int]], pad_id: int = 0) -> tuple[Tensor, T
     lengths = torch.tensor([len(row) for row in rows])
     ids_BT = torch.full((len(rows), int(lengths.max())), pad_id, dtype=torch.long)
     for i, row in enumerate(rows):
-        ids_BT[i, : len(row)] = torch.as_tensor(row, dtype=torch.long)
+        ids_BT[i, : len(row)] = torch.tensor(row, dtype=torch.long)
     return ids_BT, (torch.arange(ids_BT.shape[1]) < lengths[:, None]).long()
 
 

@@ -1,7 +1,7 @@
-"""Aligning a policy with a reward: reward transforms, PPO token rewards, the DPO loss, and the KL of best-of-n.
+"""Aligning a policy with a reward: reward transforms, PPO token rewards, DPO, and the KL of best-of-n.
 
-Section 6 of the GRAM specification: the sequence reward is r(x, y_sample; y_reference) of equation 5, in (0, 1)
-with 0.5 as parity; it is paid at the last token, and every token pays for leaving the reference policy.
+Section 6 of the GRAM specification: the sequence reward is r(x, y_sample; y_reference) of equation 5,
+in (0, 1) with 0.5 as parity; it is paid at the last token, and every token pays for leaving the reference.
 
 Shapes: B sequences, T response tokens.
 """

@@ -59,8 +59,8 @@ def prefix_groups(
 ) -> tuple[list[PrefixGroup], list[int]]:
     """Split distinct sequences into groups that share a prefix worth computing once, and the rest.
 
-    In sorted order the sequences with the longest common prefixes are neighbours. A group takes its next neighbour as
-    long as that does not lower the number of tokens it saves, (members - 1) * prefix length.
+    In sorted order the sequences with the longest common prefixes are neighbours. A group takes its next
+    neighbour as long as that does not lower the number of tokens it saves, (members - 1) * prefix length.
 
     Returns:
         The groups that save at least `min_saved` tokens, and the indices in none of them.

@@ -57,8 +57,8 @@ class JudgeSettings:
             raise ValueError(f"{file}: not the settings of a judge: {error!r}") from None
         if sha256 != settings.template.sha256:
             raise ValueError(
-                f"{file}: the template text does not match its sha256; the file was edited. Restore it, or pass the "
-                "new wording as `template` to judge with it knowingly."
+                f"{file}: the template text does not match its sha256; the file was edited. Restore it, or "
+                "pass the new wording as `template` to judge with it knowingly."
             )
         return settings
 

@@ -2,9 +2,9 @@
 
     r(x, y; y_r) = 1/2 [ pi(A | x, y, y_r) + pi(B | x, y_r, y) ]
 
-What is special here: both orders of a pair are always judged; equal prompts are computed once, so an answer against
-itself is worth exactly 0.5; batches are filled by tokens, and prompts that start alike share the computation of their
-common prefix. None of that changes a score beyond rounding.
+What is special here: both orders of a pair are always judged; equal prompts are computed once, so an answer
+against itself is worth exactly 0.5; batches are filled by tokens, and prompts that start alike share the
+computation of their common prefix. None of that changes a score beyond rounding.
 """
 
 from __future__ import annotations
@@ -68,8 +68,9 @@ def read_out(delta1: float, delta2: float, *, swap_average: SwapAverage = "prob"
     Args:
         delta1: Margin with the first answer in slot A.
         delta2: Margin with the first answer in slot B.
-        swap_average: `prob` averages the two probabilities (equation 5), `logit` the two margins (cancels a constant
-            bias towards a slot), `none` takes the first order alone (the protocol of single-order judges).
+        swap_average: `prob` averages the two probabilities (equation 5), `logit` the two margins (cancels a
+            constant bias towards a slot), `none` takes the first order alone (the protocol of single-order
+            judges).
 
     >>> round(read_out(1.5, 0.8).p_a, 6), round(read_out(1.5, 0.8, swap_average="logit").p_a, 6)
     (0.5638, 0.586618)
@@ -90,7 +91,7 @@ def read_out(delta1: float, delta2: float, *, swap_average: SwapAverage = "prob"
 
 
 class Judge:
-    """Compares answers with a causal language model. Safe to call from several threads, one at a time inside."""
+    """Compares answers with a causal language model; may be called from several threads."""
 
     def __init__(
         self,
@@ -135,8 +136,9 @@ class Judge:
     ) -> Judge:
         """Load a model folder or hub name, or a peft adapter (merged into its base model).
 
-        Settings come from its `gram.json`. A model without one (an instruct model used as a judge, a checkpoint
-        released by others) is judged with the default template and labels, unless `overrides` say otherwise.
+        Settings come from its `gram.json`. A model without one (an instruct model used as a judge, a
+        checkpoint released by others) is judged with the default template and labels, unless `overrides` say
+        otherwise.
 
         Args:
             path: Folder or hub name; weights must be safetensors.
@@ -152,8 +154,8 @@ class Judge:
             settings = JudgeSettings()
             if "template" not in overrides:
                 logger.warning(
-                    "%s has no gram.json: judging with template %r and labels %s. If the model was trained with other "
-                    "ones, pass `template` and `label_strings`.",
+                    "%s has no gram.json: judging with template %r and labels %s. If the model was trained "
+                    "with other ones, pass `template` and `label_strings`.",
                     path,
                     settings.template.name,
                     settings.label_strings,
@@ -185,7 +187,7 @@ class Judge:
         label_smoothing: float | None = None,
         smoothing_convention: Literal["paper", "torch"] | None = None,
     ) -> None:
-        """Write `gram.json` into a model folder, so that `from_pretrained` judges there as this judge does."""
+        """Write `gram.json` into a model folder, so that `from_pretrained` judges as this judge does."""
         JudgeSettings(
             template=self.encoder.template,
             label_strings=self.encoder.label_strings,
@@ -197,7 +199,7 @@ class Judge:
         ).save(path)
 
     def compare(self, pairs: Sequence[Pair]) -> list[Comparison]:
-        """Judge (prompt, first answer, second answer) triples, in both orders; results in the order of `pairs`."""
+        """Judge (prompt, first answer, second answer) triples, in both orders; one result for each pair."""
         prompts: dict[tuple[int, ...], int] = {}
         slots: list[tuple[int, int]] = []
         for number, (prompt, first, second) in enumerate(pairs):
@@ -215,8 +217,8 @@ class Judge:
         ids = self.encoder.encode(prompt, first, second)
         if ids is None:
             raise ValueError(
-                f"Pair {number} is longer than `max_length` = {self.encoder.max_length} tokens. Remove it, or set "
-                "`overlong` to 'shorten' to have its answers cut."
+                f"Pair {number} is longer than `max_length` = {self.encoder.max_length} tokens. Remove it, "
+                "or set `overlong` to 'shorten' to have its answers cut."
             )
         return tuple(ids)
 
@@ -225,15 +227,16 @@ class Judge:
         if not prompts:
             return []
         logits_N2 = torch.empty(len(prompts), 2, dtype=torch.float64)
-        # Not `inference_mode`: the model may be in training, and tensors that ZeRO-3 or a rotary embedding makes
-        # under it could not take part in the next backward pass.
+        # Not `inference_mode`: the model may be in training, and tensors that ZeRO-3 or a rotary embedding
+        # makes under it could not take part in the next backward pass.
         with self._lock, torch.no_grad(), _evaluating(self.model):
             for members, logits_B2 in self._forward(prompts):
                 logits_N2[members] = logits_B2.double().cpu()
         if not bool(logits_N2.isfinite().all()):
+            broken = int((~logits_N2.isfinite()).any(1).sum())
             raise FloatingPointError(
-                f"The model gave label logits that are not finite for {int((~logits_N2.isfinite()).any(1).sum())} of "
-                f"{len(prompts)} prompts. Its weights are broken, or its dtype overflows: try torch.float32."
+                f"The model gave label logits that are not finite for {broken} of {len(prompts)} prompts. "
+                "Its weights are broken, or its dtype overflows: try torch.float32."
             )
         return (logits_N2[:, 0] - logits_N2[:, 1]).tolist()
 

@@ -1,6 +1,6 @@
 """Losses of GRAM: label smoothing on the two preference labels (stage 2) and token cross-entropy (stage 1).
 
-Stage 2, equations 3 and 4 of arXiv 2506.14175, with Delta = Z_correct - Z_wrong, the margin of the two label logits:
+Stage 2, equations 3 and 4 of arXiv 2506.14175, with Delta = Z_correct - Z_wrong, the margin of the labels:
 
     L = -(1 - eps) log pi(correct) - eps log pi(wrong)               (3)
       = -log sigmoid(Delta) + eps * Delta                            (4, pi normalised over the two labels)
@@ -27,9 +27,9 @@ Reduction = Literal["mean", "sum", "none"]
 def wrong_label_mass(smoothing: float, convention: Convention = "paper") -> float:
     """The epsilon of equation 3 (mass on the wrong label) from a setting in either convention.
 
-    `torch` is the convention of `torch.nn.functional.cross_entropy(label_smoothing=...)`, which spreads its mass
-    over both labels, the right one included: only half of it lands on the wrong label. The official GRAM settings
-    are in that convention.
+    `torch` is the convention of `torch.nn.functional.cross_entropy(label_smoothing=...)`, which spreads its
+    mass over both labels, the right one included: only half of it lands on the wrong label. The official GRAM
+    settings are in that convention.
 
     >>> wrong_label_mass(0.1), wrong_label_mass(0.1, "torch")
     (0.1, 0.05)
@@ -126,8 +126,8 @@ def full_vocab_loss(
 ) -> Tensor:
     """Equation 3 with pi normalised over the whole vocabulary (`label_space: full_vocab`).
 
-    It exceeds the two-way loss by -log(pi(A) + pi(B)), which pulls mass onto the two labels: for a model that must
-    also generate the letter.
+    It exceeds the two-way loss by -log(pi(A) + pi(B)), which pulls mass onto the two labels: for a model that
+    must also generate the letter.
 
     Args:
         logits_BV: Logits at the last prompt position.
@@ -153,7 +153,7 @@ def token_loss(logits_NV: Tensor, targets_N: Tensor) -> tuple[Tensor, int]:
         targets_N: Token ids of the targets.
 
     Returns:
-        The summed loss and N; the mean over a global batch is the sum of the first over the sum of the second.
+        The summed loss and N; a global mean is the sum of the first over the sum of the second.
     """
     return F.cross_entropy(_at_least_float32(logits_NV), targets_N, reduction="sum"), targets_N.numel()
 

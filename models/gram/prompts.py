@@ -1,9 +1,9 @@
 """Prompts of GRAM: the judge prompt of stage 2, the pair rendering of stage 1, and their encoders.
 
-The strings around the answers are the official ones; the instruction is data (`templates/*.yaml`, or a user's file).
-What is special here: text inside an answer can never pass for a marker. A marker typed by a user gets a backslash in
-front, which `JudgeTemplate.parse` takes away again; so parsing inverts rendering, and an answer cannot end its own
-block and speak for the other one.
+The strings around the answers are the official ones; the instruction is data (`templates/*.yaml`, or a user's
+file). What is special here: text inside an answer can never pass for a marker. A marker typed by a user gets
+a backslash in front, which `JudgeTemplate.parse` takes away again; so parsing inverts rendering, and an
+answer cannot end its own block and speak for the other one.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ from eagleray.models.gram.tokenization import ChatFrame, Overlong, fit_texts, va
 
 LABELS = ("A", "B")
 
-_QUESTION = "[User Question]"
+QUESTION = "[User Question]"
 _A_START, _A_END = "[The Start of Assistant A's Answer]", "[The End of Assistant A's Answer]"
 _B_START, _B_END = "[The Start of Assistant B's Answer]", "[The End of Assistant B's Answer]"
-_MARKER = re.compile("|".join(re.escape(m) for m in (_QUESTION, _A_START, _A_END, _B_START, _B_END)))
+_MARKER = re.compile("|".join(re.escape(m) for m in (QUESTION, _A_START, _A_END, _B_START, _B_END)))
 _ESCAPED_MARKER = re.compile(rf"\\({_MARKER.pattern})")
 
-_BEFORE_A = f"\n\n{_A_START}\n"
-_BETWEEN = f"\n{_A_END}\n\n{_B_START}\n"
-_AFTER_B = f"\n{_B_END}"
+ANSWERS_START = f"\n\n{_A_START}\n"
+ANSWER_BORDER = f"\n{_A_END}\n\n{_B_START}\n"
+ANSWERS_END = f"\n{_B_END}"
 
 _TEMPLATES = Path(__file__).parent / "templates"
 # Two orders of one pair may differ by a few tokens, where text merges with the line break beside it.
@@ -53,7 +53,7 @@ class JudgeTemplate:
 
     @classmethod
     def load(cls, name_or_path: str | Path) -> JudgeTemplate:
-        """A built-in template by name, or one from a YAML file with the keys `name`, `instruction` and `tail`."""
+        """A built-in template by name, or one from a YAML file with `name`, `instruction` and `tail`."""
         path = Path(name_or_path)
         if path.suffix not in (".yaml", ".yml"):
             path = _TEMPLATES / f"{name_or_path}.yaml"
@@ -73,7 +73,8 @@ class JudgeTemplate:
         }:
             keys = ", ".join(map(str, values)) if isinstance(values, dict) else type(values).__name__
             raise ValueError(
-                f"{path}: a judge template has the keys `name`, `instruction` and, if it differs, `tail`; found: {keys}."
+                f"{path}: a judge template has the keys `name`, `instruction` and, if it differs, `tail`; "
+                f"found: {keys}."
             )
         if wrong := [key for key, value in values.items() if not isinstance(value, str)]:
             raise ValueError(f"{path}: `{wrong[0]}` must be text (put it in quotes).")
@@ -87,40 +88,41 @@ class JudgeTemplate:
     def render(self, prompt: str, answer_a: str, answer_b: str) -> str:
         """The judge prompt as text."""
         prompt, answer_a, answer_b = map(escape_markers, (prompt, answer_a, answer_b))
-        return f"{self._head}{prompt}{_BEFORE_A}{answer_a}{_BETWEEN}{answer_b}{self._end}"
+        return f"{self._head}{prompt}{ANSWERS_START}{answer_a}{ANSWER_BORDER}{answer_b}{self._end}"
 
     def parse(self, text: str) -> tuple[str, str, str]:
         """The request and the two answers of a judge prompt with this template; inverse of `render`.
 
         Raises:
-            ValueError: The text was not made with this template, or has several readings (which only happens for
-                texts of other programs, which leave markers inside answers as they are).
+            ValueError: The text was not made with this template, or has several readings (which only happens
+                for texts of other programs, which leave markers inside answers as they are).
         """
         if not (text.startswith(self._head) and text.endswith(self._end)):
             raise ValueError(f"The text does not start and end like judge template {self.name!r}.")
         body = text[len(self._head) : len(text) - len(self._end)]
-        if body.count(_BEFORE_A) != 1 or body.count(_BETWEEN) != 1:
+        prompt, _, answers = body.partition(ANSWERS_START)
+        starts, borders = body.count(ANSWERS_START), answers.count(ANSWER_BORDER)
+        if starts != 1 or borders != 1:
             raise ValueError(
-                f"The judge prompt has {body.count(_BEFORE_A)} starts of answer A and {body.count(_BETWEEN)} borders "
-                "between the answers; with exactly one of each it can be read."
+                f"The judge prompt has {starts} starts of answer A and {borders} borders between the answers "
+                "after it; with exactly one of each it can be read."
             )
-        prompt, _, answers = body.partition(_BEFORE_A)
-        answer_a, _, answer_b = answers.partition(_BETWEEN)
+        answer_a, _, answer_b = answers.partition(ANSWER_BORDER)
         return unescape_markers(prompt), unescape_markers(answer_a), unescape_markers(answer_b)
 
     @property
     def _head(self) -> str:
-        return f"{self.instruction}\n\n{_QUESTION}\n"
+        return f"{self.instruction}\n\n{QUESTION}\n"
 
     @property
     def _end(self) -> str:
-        return f"{_AFTER_B}\n\n{self.tail}" if self.tail else _AFTER_B
+        return f"{ANSWERS_END}\n\n{self.tail}" if self.tail else ANSWERS_END
 
 
 def render_pair(prompt: str, answer_a: str, answer_b: str) -> tuple[str, str]:
-    """Stage 1: the user's turn (the request) and the assistant's turn (both answers); no judge instruction."""
+    """Stage 1: the user's turn (the request) and the assistant's (both answers); no judge instruction."""
     prompt, answer_a, answer_b = map(escape_markers, (prompt, answer_a, answer_b))
-    return f"{_QUESTION}\n{prompt}\n\n", f"{_A_START}\n{answer_a}{_BETWEEN}{answer_b}{_AFTER_B}"
+    return f"{QUESTION}\n{prompt}\n\n", f"{_A_START}\n{answer_a}{ANSWER_BORDER}{answer_b}{ANSWERS_END}"
 
 
 def escape_markers(text: str) -> str:
@@ -138,9 +140,9 @@ def unescape_markers(text: str) -> str:
 
 
 def shuffled_order(seed: int, example: str | int) -> bool:
-    """Whether the preferred answer of an example is shown second: a fair coin that only depends on its arguments.
+    """Whether the preferred answer of an example is shown second: a fair coin that depends on nothing else.
 
-    The same on any number of workers and in any order of reading, because it is a hash and not a random stream.
+    A hash and not a random stream: the same on any number of workers and in any order of reading.
     """
     return bool(
         hashlib.blake2b(f"{seed}:{example}".encode("utf-8", "surrogatepass"), digest_size=1).digest()[0] & 1
@@ -164,7 +166,7 @@ class JudgeEncoder:
         Args:
             tokenizer: A fast tokenizer; its chat template, if any, frames the prompt.
             template: The judge prompt.
-            label_strings: What the model answers if the first, or the second, answer is better; one token each.
+            label_strings: The model's reply if the first, or the second, answer is better; one token each.
             max_length: Most tokens of an encoded prompt.
             overlong: Cut the texts of a longer pair (never the structure around them), or drop the pair.
         """
@@ -257,9 +259,9 @@ def label_token_ids(tokenizer: PreTrainedTokenizerBase, label_strings: tuple[str
         tokens = tokenizer.encode(label, add_special_tokens=False)
         if len(tokens) != 1 or tokens[0] == tokenizer.unk_token_id:
             raise ValueError(
-                f"Label string {label!r} is {len(tokens)} token(s) {tokenizer.convert_ids_to_tokens(tokens)} for this "
-                "tokenizer; it must be exactly one known token. Set `label_strings` to strings that are, "
-                f"for example {label.strip()!r} with or without a leading space."
+                f"Label string {label!r} is {len(tokens)} token(s) {tokenizer.convert_ids_to_tokens(tokens)} "
+                "for this tokenizer; it must be exactly one known token. Set `label_strings` to strings that "
+                f"are, for example {label.strip()!r} with or without a leading space."
             )
         ids.append(tokens[0])
     if len(ids) != 2 or ids[0] == ids[1]:
@@ -278,7 +280,7 @@ def _checked_structure(structure_length: int, max_length: int, overlong: Overlon
         raise ValueError(f"`overlong` is {overlong!r}; it must be 'shorten' or 'drop'.")
     if structure_length >= max_length:
         raise ValueError(
-            f"`max_length` is {max_length}, but the prompt takes {structure_length} tokens before any text is put in. "
-            f"Set it well above {structure_length}, or use a shorter template."
+            f"`max_length` is {max_length}, but the prompt takes {structure_length} tokens before any text "
+            f"is put in. Set it well above {structure_length}, or use a shorter template."
         )
     return structure_length

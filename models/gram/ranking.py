@@ -1,7 +1,8 @@
 """Ranking n answers with a pairwise judge: reference, linear scan, knock-out bracket, round robin.
 
-Section 5 of the GRAM specification. The functions see the judge only as a callable, so any pair scorer can rank. A
-pairwise judge may prefer in circles (a over b over c over a); what can be seen of that is reported as `intransitive`.
+Section 5 of the GRAM specification. The functions see the judge only as a callable, so any pair scorer can
+rank. A pairwise judge may prefer in circles (a over b over c over a); what can be seen of that is reported as
+`intransitive`.
 """
 
 from __future__ import annotations
@@ -31,14 +32,14 @@ class Ranking:
 
     best: int
     order: tuple[int, ...]
-    """Best first. Agrees with every comparison made unless the judge is intransitive; `linear` and `bracket` make too
-    few comparisons to establish more than the first place."""
+    """Best first. Agrees with every comparison made unless the judge is intransitive; `linear` and `bracket`
+    make too few comparisons to establish more than the first place."""
     scores: tuple[float, ...] | None
-    """By answer: reward against the reference, or mean reward against the others (`round_robin`); else None."""
+    """By answer: reward against the reference, or mean reward against the others (`round_robin`)."""
     comparisons: int
     intransitive: bool | None
-    """True: the comparisons made contain a circle. False: there is none through the winner (`round_robin`: none at
-    all). None: too few comparisons were made to tell."""
+    """True: the comparisons made contain a circle. False: there is none through the winner (`round_robin`:
+    none at all). None: too few comparisons were made to tell."""
 
 
 def rank(
@@ -56,12 +57,13 @@ def rank(
         compare: Judges (prompt, first, second) triples; called once a round, with the whole round.
         prompt: The request.
         answers: The candidates; at least one.
-        method: `reference` scores each against one reference (n comparisons, one round); `linear` keeps an incumbent
-            that a challenger must beat, ties stay (n - 1, one a round); `bracket` is a knock-out, ties go to the
-            earlier answer (n - 1 in log2 n rounds); `round_robin` compares all pairs (n (n - 1) / 2, one round).
+        method: `reference` scores each against one reference (n comparisons, one round); `linear` keeps an
+            incumbent that a challenger must beat, ties stay (n - 1, one a round); `bracket` is a knock-out,
+            ties go to the earlier answer (n - 1 in log2 n rounds); `round_robin` compares all pairs
+            (n (n - 1) / 2, one round).
         reference: The reference answer, for `reference` only.
-        verify_best: After `linear` or `bracket`, compare the winner with each answer it has not met, which shows every
-            circle through it (at most n - 1 more comparisons).
+        verify_best: After `linear` or `bracket`, compare the winner with each answer it has not met, which
+            shows every circle through it (at most n - 1 more comparisons).
     """
     if not answers:
         raise ValueError("`answers` is empty; give at least one answer to rank.")
@@ -109,7 +111,7 @@ class _Recorder:
         return probabilities
 
     def circle(self, *, complete: bool) -> bool | None:
-        """Whether strict preferences run in a circle; without one, False only if enough was compared to exclude it."""
+        """Whether strict preferences run in a circle; if none was seen, False only if `complete`."""
         graph = TopologicalSorter(
             {i: {j for j in range(self.size) if self._beats(j, i)} for i in range(self.size)}
         )

@@ -1,8 +1,8 @@
 """Logits of the two preference labels, computed where they are needed and nowhere else.
 
-The judge reads one position and two vocabulary rows of a prompt. `label_logits` computes just these, with gradients,
-so the same function serves training and evaluation; `label_logits_shared` computes a prefix that many prompts have in
-common once and keeps its keys and values.
+The judge reads one position and two vocabulary rows of a prompt. `label_logits` computes just these, with
+gradients, so the same function serves training and evaluation; `label_logits_shared` computes a prefix that
+many prompts have in common once and keeps its keys and values.
 
 Shapes: B prompts, T tokens, V vocabulary, D width.
 """
@@ -23,6 +23,11 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from eagleray.models.gram.batching import Ids, pad_right, token_batches
 
 LabelSpace = Literal["two_way", "full_vocab"]
+
+_IGNORES_POSITIONS = (
+    "{} returned logits of shape {} when asked for some positions only: it does not honour `logits_to_keep`. "
+    "Use a causal language model whose `forward` takes that argument as a tensor."
+)
 
 
 def label_logits(
@@ -70,15 +75,15 @@ def label_logits_shared(
         prefix: Tokens that all prompts start with; at least one.
         suffixes: What follows in each prompt; at least one token each.
         label_ids: Token ids of the labels A and B.
-        max_batch_tokens: Budget of one forward pass, each row counted with its prefix (it holds a copy of its cache).
+        max_batch_tokens: Budget of one forward pass; each row counts with its prefix, whose cache it copies.
 
     Returns:
         Logits [len(suffixes), 2], in the order of `suffixes`.
     """
     if not can_share_prefix(model):
         raise ValueError(
-            f"{type(unwrapped(model)).__name__} keeps more than keys and values of a prefix (a recurrent state, or a "
-            "static cache), which cannot be reused here. Use `label_logits` on the whole prompts."
+            f"{type(unwrapped(model)).__name__} keeps more than keys and values of a prefix (a recurrent "
+            "state, for example), which cannot be reused here. Use `label_logits` on the whole prompts."
         )
     device = model_device(model)
     prefix_1T = torch.tensor([list(prefix)], device=device)
@@ -107,8 +112,33 @@ def label_logits_shared(
     return logits_N2[torch.tensor(order, device=logits_N2.device).argsort()]
 
 
+def target_logits(
+    model: nn.Module, input_ids_BT: Tensor, attention_mask_BT: Tensor, target_mask_BT: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Stage 1: logits of the target tokens only, for `losses.token_loss`; prompt and padding cost no logits.
+
+    Args:
+        model: A causal language model.
+        input_ids_BT: Whole sequences, padded on either side.
+        attention_mask_BT: 1 at tokens, 0 at padding.
+        target_mask_BT: True at the tokens to be predicted; never at the first position of a row.
+
+    Returns:
+        Logits [N, V] and the N target tokens they predict.
+    """
+    predicted_BT = target_mask_BT[:, 1:].bool()
+    logits_NV = model(
+        input_ids=input_ids_BT,
+        logits_to_keep=F.pad(predicted_BT, (0, 1)),
+        **_position_arguments(attention_mask_BT.long()),
+    ).logits
+    if logits_NV.ndim != 2:
+        raise ValueError(_IGNORES_POSITIONS.format(type(model).__name__, tuple(logits_NV.shape)))
+    return logits_NV, input_ids_BT[:, 1:][predicted_BT]
+
+
 def can_share_prefix(model: nn.Module) -> bool:
-    """Whether the model keeps plain keys and values, which can be reused (a recurrent state cannot be, here)."""
+    """Whether the model keeps plain keys and values, which can be reused (a recurrent state cannot)."""
     return all(
         type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in _empty_cache(model).layers
     )
@@ -120,15 +150,15 @@ def model_device(model: nn.Module) -> torch.device:
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """The model inside a DeepSpeed engine or DistributedDataParallel, whose own attributes mean other things."""
+    """The model inside a DeepSpeed engine or DistributedDataParallel, whose attributes mean other things."""
     return getattr(model, "module", model)
 
 
 def _position_arguments(attention_mask_BT: Tensor) -> dict[str, Any]:
     """Mask and positions as the model needs them.
 
-    Padding on the right needs neither: causal attention hides it and positions count from zero anyway. Leaving the
-    mask out lets the attention kernel use its causal path instead of a [B, 1, T, T] mask.
+    Padding on the right needs neither: causal attention hides it and positions count from zero anyway.
+    Leaving the mask out lets the attention kernel use its causal path instead of a [B, 1, T, T] mask.
     """
     if bool(attention_mask_BT[:, 0].all() & (attention_mask_BT.diff(dim=1) <= 0).all()):
         return {"use_cache": False}
@@ -149,10 +179,7 @@ def _last_logits(
     else:
         raise ValueError(f"`label_space` is {label_space!r}; it must be 'two_way' or 'full_vocab'.")
     if logits_B1K.shape[:2] != inputs["logits_to_keep"].shape:
-        raise ValueError(
-            f"{type(model).__name__} returned logits of shape {tuple(logits_B1K.shape)} for one position a prompt: it "
-            "does not honour `logits_to_keep`. Use a causal language model whose `forward` takes that argument."
-        )
+        raise ValueError(_IGNORES_POSITIONS.format(type(model).__name__, tuple(logits_B1K.shape)))
     return logits_B1K[:, 0].to(torch.promote_types(logits_B1K.dtype, torch.float32))
 
 
@@ -160,12 +187,13 @@ def _last_logits(
 def _label_rows_only(model: nn.Module, label_ids: tuple[int, int]) -> Iterator[bool]:
     """While active, the LM head computes only the two label rows; yields whether it does.
 
-    The head's `forward` is swapped rather than its weight read from outside, because calling the module is what makes
-    its hooks run: under ZeRO-3 they gather the weight, which is an empty tensor at any other time. And the model's own
-    `forward` still does what it does to logits (scaling, soft capping). A head that is not a plain linear layer
-    (LoRA on the head, quantised, offloaded by accelerate) computes its rows as it always does.
+    The head's `forward` is swapped rather than its weight read from outside, because calling the module is
+    what makes its hooks run: under ZeRO-3 they gather the weight, which is an empty tensor at any other time.
+    And the model's own `forward` still does what it does to logits (scaling, soft capping). A head that is
+    not a plain linear layer (LoRA on the head, quantised, offloaded by accelerate) computes its rows as it
+    always does.
     """
-    head = model.get_output_embeddings()  # type: ignore[operator]
+    head = unwrapped(model).get_output_embeddings()  # type: ignore[operator]
     if type(head) is not nn.Linear or "forward" in vars(head):
         yield False
         return
@@ -188,7 +216,7 @@ def _empty_cache(model: nn.Module) -> DynamicCache:
 def _repeated(cache: DynamicCache, batch_size: int) -> DynamicCache:
     """A cache of `batch_size` rows that starts as the single row of `cache` and leaves it untouched.
 
-    Layers grow by concatenation into new tensors, so a shallow copy with expanded (not copied) tensors is enough.
+    Layers grow by concatenation into new tensors, so a shallow copy with expanded tensors is enough.
     """
     repeated = copy.copy(cache)
     repeated.layers = [copy.copy(layer) for layer in cache.layers]

@@ -37,51 +37,72 @@ class Kind:
 KINDS = {
     "colour": Kind(
         ("What colour is {thing}?", "Which colour does {thing} have?", "Can you name the colour of {thing}?"),
-        ("{it} is {value}.", "{it} is painted {value}.", "The colour is {value}.", "I would call it {value}."),
-        tuple("red blue green yellow black white grey brown purple orange pink golden".split()),
+        (
+            "{it} is {value}.",
+            "{it} is painted {value}.",
+            "The colour is {value}.",
+            "I would call it {value}.",
+        ),
+        tuple(["red", "blue", "green", "yellow", "black", "white", "grey", "brown", "purple", "orange", "pink", "golden"]),
     ),
     "place": Kind(
         ("Where is {thing}?", "Where can I find {thing}?", "In which place is {thing} kept?"),
-        ("{it} stands near the {value}.", "Look near the {value}.", "{it} is kept at the {value}.", "Go to the {value}."),
-        tuple("river church market harbour station bridge school mill park inn library farm".split()),
+        (
+            "{it} stands near the {value}.",
+            "Look near the {value}.",
+            "{it} is kept at the {value}.",
+            "Go to the {value}.",
+        ),
+        tuple(["river", "church", "market", "harbour", "station", "bridge", "school", "mill", "park", "inn", "library", "farm"]),
     ),
     "owner": Kind(
         ("Who owns {thing}?", "Whose is {thing}?", "To whom does {thing} belong?"),
-        ("{it} belongs to {value}.", "The owner is {value}.", "{value} owns it.", "Ask {value}, who owns it."),
-        tuple("Anna Ben Clara David Emma Frank Grace Henry Ida Jacob Karen Leo".split()),
+        (
+            "{it} belongs to {value}.",
+            "The owner is {value}.",
+            "{value} owns it.",
+            "Ask {value}, who owns it.",
+        ),
+        tuple(["Anna", "Ben", "Clara", "David", "Emma", "Frank", "Grace", "Henry", "Ida", "Jacob", "Karen", "Leo"]),
     ),
     "price": Kind(
         ("How much is {thing}?", "What does {thing} cost?", "What is the price of {thing}?"),
-        ("{it} costs {value} coins.", "The price is {value} coins.", "You pay {value} coins.", "They ask {value} coins."),
-        tuple("two three four five six seven eight nine ten eleven twelve twenty".split()),
+        (
+            "{it} costs {value} coins.",
+            "The price is {value} coins.",
+            "You pay {value} coins.",
+            "They ask {value} coins.",
+        ),
+        tuple(["two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve", "twenty"]),
     ),
     "material": Kind(
         ("What is {thing} made of?", "Which material is {thing} made from?", "Of what stuff is {thing}?"),
-        ("{it} is made of {value}.", "The maker used {value}.", "{it} is solid {value}.", "The stuff is {value}."),
-        tuple("wood iron glass brass stone clay paper leather silver wool copper marble".split()),
+        (
+            "{it} is made of {value}.",
+            "The maker used {value}.",
+            "{it} is solid {value}.",
+            "The stuff is {value}.",
+        ),
+        tuple(["wood", "iron", "glass", "brass", "stone", "clay", "paper", "leather", "silver", "wool", "copper", "marble"]),
     ),
     "time": Kind(
         ("When was {thing} bought?", "When did {thing} come here?", "Since when do we have {thing}?"),
-        ("{it} came in {value}.", "{it} was bought in {value}.", "We have it since {value}.", "That was in {value}."),
-        tuple("spring summer autumn winter January March April June July August October December".split()),
+        (
+            "{it} came in {value}.",
+            "{it} was bought in {value}.",
+            "We have it since {value}.",
+            "That was in {value}.",
+        ),
+        tuple(["spring", "summer", "autumn", "winter", "January", "March", "April", "June", "July", "August", "October", "December"]),
     ),
 }
 
-_THINGS = (
-    "lamp chair table boat clock mirror basket kettle ladder carpet piano violin drum bicycle cart wagon bench bottle "
-    "blanket pillow hammer shovel bucket candle painting statue vase cup bowl plate knife spoon hat coat scarf "
-    "umbrella box chest door gate"
-).split()
-_ADJECTIVES = "old new small large heavy broken round pretty".split()
-_GREETINGS = ("", "", "", "Hello. ", "Please help me. ", "One more question. ", "Good morning. ")
-_OPENINGS = ("", "", "Sure. ", "Good question. ", "Of course! ", "Well, let me see. ")
-_CLOSINGS = ("", "", "", " I hope that helps.", " That is all I know.", " Ask me if you want to know more.")
-_FILLERS = (" Everyone knows that.", " I saw it myself.", " I am quite sure.", " So they told me yesterday.")
+_THINGS = ["lamp", "chair", "table", "boat", "clock", "mirror", "basket", "kettle", "ladder", "carpet", "piano", "violin", "drum", "bicycle", "cart", "wagon", "bench", "bottle", "blanket", "pillow", "hammer", "shovel", "bucket", "candle", "painting", "statue", "vase", "cup", "bowl", "plate", "knife", "spoon", "hat", "coat", "scarf", "umbrella", "box", "chest", "door", "gate"]
+_ADJECTIVES = ["old", "new", "small", "large", "heavy", "broken", "round", "pretty"]
+_GREETINGS = ("", "", "", "Hello. ", "Please. ")
+_OPENINGS = ("", "", "", "Well, ", "Sure, ")
+_CLOSINGS = ("", "", "", " I think.", " That is all.", " Really.")
 _MAX_STATEMENTS = 2
-_DODGES = (
-    "I do not know.", "I cannot say.", "Why do you ask?", "That is not for me to say.", "Let us talk about it later.",
-)
-_DODGE_SHARE = 0.4
 
 
 def make_preferences(
@@ -103,7 +124,9 @@ def make_preferences(
     for index, (request, better, worse) in zip(range(n), _triples(rng, split), strict=False):
         flipped = rng.random() < label_noise
         chosen, rejected = (worse, better) if flipped else (better, worse)
-        rows.append({"id": f"{split}-{seed}-{index}", "prompt": request, "chosen": chosen, "rejected": rejected})
+        rows.append(
+            {"id": f"{split}-{seed}-{index}", "prompt": request, "chosen": chosen, "rejected": rejected}
+        )
     return rows
 
 
@@ -144,7 +167,9 @@ class RuleJudge:
 
 def fits(request: str, answer: str) -> bool:
     """Whether the answer is of the kind that the request asks for."""
-    (asked,) = (name for name, kind in KINDS.items() if any(_pattern(q).search(request) for q in kind.questions))
+    (asked,) = (
+        name for name, kind in KINDS.items() if any(_pattern(q).search(request) for q in kind.questions)
+    )
     return any(value in re.findall(r"\w+", answer) for value in KINDS[asked].values)
 
 
@@ -162,23 +187,17 @@ def _triples(rng: Random, split: Split) -> Iterator[tuple[str, str, str]]:
         thing = f"the {rng.choice(_ADJECTIVES)} {noun}"
         question = rng.choice(KINDS[asked].questions).format(thing=thing)
         request = rng.choice(_GREETINGS) + question
-        worse = _dodge(rng) if rng.random() < _DODGE_SHARE else _answer(rng, KINDS[other], noun)
+        worse = _answer(rng, KINDS[other], noun)
         answers = _answer(rng, KINDS[asked], noun), worse
         if split_of(request) == split:
             yield request, *answers
 
 
 def _answer(rng: Random, kind: Kind, noun: str) -> str:
-    value = rng.choice(kind.values)
     sentences = []
     for template in rng.sample(kind.answers, rng.randint(1, _MAX_STATEMENTS)):
-        sentences.append(template.format(it=rng.choice(("It", f"The {noun}")), value=value))
-    fillers = rng.sample(_FILLERS, rng.randint(0, 1))
-    return rng.choice(_OPENINGS) + " ".join(sentences) + "".join(fillers) + rng.choice(_CLOSINGS)
-
-
-def _dodge(rng):
-    return rng.choice(_OPENINGS) + " ".join(rng.sample(_DODGES, rng.randint(1, 2))) + rng.choice(_CLOSINGS)
+        sentences.append(template.format(it=rng.choice(("It", f"The {noun}")), value=rng.choice(kind.values)))
+    return rng.choice(_OPENINGS) + " ".join(sentences) + rng.choice(_CLOSINGS)
 
 
 def _pattern(question: str) -> re.Pattern[str]:

@@ -2,11 +2,11 @@
 
 What is special here:
 
-- The chat template is applied once, to a placeholder; a user's text never passes through it. Control tokens (special
-  tokens, and added tokens that the chat template itself writes) come from the frame only: `<|im_end|>` typed into an
-  answer is ordinary text.
-- All text between two control tokens is tokenised as one piece, as the tokenizer itself would do, so that token
-  merges across the border between template and content are those the backbone knows.
+- The chat template is applied once, to a placeholder; a user's text never passes through it. Control tokens
+  (special tokens, and added tokens that the chat template itself writes) come from the frame only:
+  `<|im_end|>` typed into an answer is ordinary text.
+- All text between two control tokens is tokenised as one piece, as the tokenizer itself would do, so that
+  token merges across the border between template and content are those the backbone knows.
 - A text of a million characters is tokenised only as far as it can be kept.
 """
 
@@ -79,7 +79,7 @@ class PlainTokenizer:
 
 @dataclass(frozen=True)
 class TokenCuts:
-    """A text with the character spans of its first (or last) tokens, so that it can be cut at a token border."""
+    """A text with the character spans of its first (or last) tokens: it can be cut at a token border."""
 
     text: str
     spans: list[tuple[int, int]]
@@ -100,7 +100,7 @@ class TokenCuts:
 
 
 class ChatFrame:
-    """The fixed tokens around one user text: `prefix | user text | suffix`, then the assistant's turn and its end.
+    """The fixed tokens around a user's text: `prefix | text | suffix`, then the assistant's turn and its end.
 
     With a chat template the frame is what the template writes (thinking switched off); without one it is the
     beginning-of-text token, if the tokenizer has one, and the end-of-text token after the assistant's turn.
@@ -151,8 +151,9 @@ class ChatFrame:
             return
         if self.user_turn(sample) != self._natural(tokenizer, before + sample + after):
             logger.warning(
-                "The tokenizer of %s splits a text differently inside its chat template than on its own. Scores are "
-                "consistent, but may differ slightly from a program that tokenises the rendered chat in one go.",
+                "The tokenizer of %s splits a text differently inside its chat template than on its own. "
+                "Scores are consistent, but may differ slightly from those of a program that tokenises the "
+                "rendered chat as one.",
                 tokenizer.name_or_path or type(tokenizer).__name__,
             )
 
@@ -170,8 +171,9 @@ def fit_texts(
 ) -> tuple[str, str, str] | None:
     """The three texts, cut so that `count` of them is at most `max_length`; None if they must not be cut.
 
-    Both answers are cut to the same number of tokens and keep their heads; the prompt keeps its tail. A prompt gives
-    way only when the answers would get less than half of the room: a pair without answers cannot be judged.
+    Both answers are cut to the same number of tokens and keep their heads; the prompt keeps its tail. A
+    prompt gives way only when the answers would get less than half of the room: a pair without answers cannot
+    be judged.
 
     Args:
         prompt: The request.
@@ -201,7 +203,7 @@ def fit_texts(
 def share_room(room: int, prompt: int, answer_a: int, answer_b: int) -> tuple[int, int]:
     """Token limits of the prompt and of each answer, so that together they fit into `room`.
 
-    The answers' limit is the largest one that fits beside the whole prompt, or beside a prompt cut to half the room.
+    The answers' limit is the largest that fits beside the whole prompt, or one cut to half the room.
 
     >>> share_room(100, 20, 500, 30)
     (20, 50)
@@ -227,8 +229,8 @@ def _render(tokenizer: PreTrainedTokenizerBase, *, answered: bool) -> str:
     messages = [{"role": "user", "content": _USER}]
     if answered:
         messages.append({"role": "assistant", "content": _ASSISTANT})
-    # Qwen3 writes an empty think block on the prompt side when thinking is off; Llama 3.2 would otherwise write
-    # today's date into the system turn, and the same pair would score differently tomorrow.
+    # Qwen3 writes an empty think block on the prompt side when thinking is off; Llama 3.2 would otherwise
+    # write today's date into the system turn, and the same pair would score differently tomorrow.
     rendered = tokenizer.apply_chat_template(
         messages,
         tokenize=False,
@@ -239,8 +241,8 @@ def _render(tokenizer: PreTrainedTokenizerBase, *, answered: bool) -> str:
     marks = [_USER, _ASSISTANT] if answered else [_USER]
     if not isinstance(rendered, str) or any(rendered.count(mark) != 1 for mark in marks):
         raise ValueError(
-            "The tokenizer's chat template does not write each message exactly once and unchanged, so the judge "
-            "prompt cannot be placed in it. Set `tokenizer.chat_template` to one that does, or to None."
+            "The tokenizer's chat template does not write each message exactly once and unchanged, so the "
+            "judge prompt cannot be placed in it. Set `tokenizer.chat_template` to one that does, or to None."
         )
     return rendered
 
@@ -271,7 +273,7 @@ def _split_before_first(pattern: re.Pattern[str], text: str) -> tuple[str, str]:
 
 
 def _without_leading_space(pre_tokenizer: dict[str, Any] | None) -> None:
-    """Sentencepiece-like tokenizers put a space before the first word of a text, not after a control token."""
+    """Sentencepiece-like tokenizers put a space before the first word of a text, not inside a chat."""
     if pre_tokenizer is None:
         return
     for part in (pre_tokenizer, *pre_tokenizer.get("pretokenizers", [])):
@@ -284,6 +286,6 @@ def _backend(tokenizer: PreTrainedTokenizerBase) -> Tokenizer:
         return tokenizer.backend_tokenizer  # type: ignore[attr-defined]
     except AttributeError:
         raise ValueError(
-            f"The tokenizer is a {type(tokenizer).__name__}, which gives no character offsets; a fast tokenizer "
-            "(one with a tokenizer.json) is needed. Convert it with `AutoTokenizer` of transformers."
+            f"The tokenizer is a {type(tokenizer).__name__}, which gives no character offsets; a fast "
+            "tokenizer (one with a tokenizer.json) is needed. Load it with `AutoTokenizer` of transformers."
         ) from None

@@ -178,3 +178,10 @@ def test_offload_needs_a_stage(override: str, stage: int) -> None:
 
 def test_every_shared_field_has_a_description() -> None:
     assert [key for key, field in describe_fields(TrainingConfig) if not field.description] == []
+
+
+def test_a_key_given_twice_is_an_error(tmp_path: Path) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text("optim:\n  lr: 1\n  lr: 2\n")
+    with pytest.raises(ConfigError, match=r"the key `lr` is given twice"):
+        load_config(TrainingConfig, path)

@@ -11,16 +11,16 @@ from typing import Any
 
 import httpx
 import pytest
-import torch
 import yaml
 from builders import tiny_model, tiny_tokenizer
 from ray.serve.schema import ServeDeploySchema
 
-from eagleray.jobs.serve import ServingError, serve_models, serve_yaml, serving
+from eagleray.jobs.serve import serving
 from eagleray.models.gram.judge import Judge
 from eagleray.models.gram.prompts import JudgeEncoder, JudgeTemplate
 from eagleray.models.gram.ranking import rank
-from eagleray.serve.gram import ServeGramArgs, build_app, check_model_folder, load_model
+from eagleray.platform.serving import ServingError
+from eagleray.serve.gram import Args, build_app, load_model
 
 PROMPT = "Name a river in Peru."
 ANSWERS = [
@@ -59,95 +59,12 @@ def test_the_shipped_yaml_is_valid_for_serve_deploy_and_stays_on_this_machine() 
     assert values["http_options"]["host"] == "127.0.0.1"
     [application] = values["applications"]
     assert application["import_path"] == f"{build_app.__module__}:{build_app.__name__}"
-    ServeGramArgs.model_validate(application["args"])
+    Args.model_validate(application["args"])
     assert {deployment["name"] for deployment in application["deployments"]} == {"gram"}
 
 
-def test_the_printed_yaml_builds_the_same_application(model_folder: Path) -> None:
-    args = ServeGramArgs(model=str(model_folder), max_responses=7, cpus=2)
-    values = yaml.safe_load(serve_yaml(args, host="127.0.0.1", port=8123))
-    ServeDeploySchema.model_validate(values)
-    assert values["http_options"]["port"] == 8123
-    [application] = values["applications"]
-    assert ServeGramArgs.model_validate(application["args"]) == args
-
-
-def test_print_yaml_starts_nothing(model_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    serve_models([f"gram={model_folder}", "gram.max_responses=7"], print_yaml=True)
-    [application] = yaml.safe_load(capsys.readouterr().out)["applications"]
-    assert application["args"]["model"] == str(model_folder)
-    assert application["args"]["max_responses"] == 7
-
-
-def test_ray_learns_the_type_of_the_arguments() -> None:
-    # Ray Serve reads this annotation; were it a string, wrong YAML would reach the model unchecked.
-    assert build_app.__annotations__["args"] is ServeGramArgs
-
-
-@pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.168.1.5", "example.org"])
-def test_other_hosts_are_refused(host: str) -> None:
-    with pytest.raises(ServingError, match=r"no API keys.*--insecure-bind"):
-        serve_models(["gram=somewhere"], host=host)
-
-
-def test_a_taken_port_is_named(model_folder: Path) -> None:
-    import socket
-
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        taken.listen()
-        port = taken.getsockname()[1]
-        with (
-            pytest.raises(ServingError, match=rf"Cannot listen on 127.0.0.1:{port}.*Choose another port"),
-            serving(model_folder, port=port),
-        ):
-            pass
-
-
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ([], "`gram` is required"),
-        (["gram=x", "gram.max_response=3"], "did you mean `gram.max_responses`"),
-        (["gram=x", "gram.timeout_s=0"], "greater than 0"),
-        (["x"], "not of the form key=value"),
-    ],
-)
-def test_wrong_settings_are_explained(settings: list[str], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        serve_models(settings)
-
-
-def test_only_folders_with_safetensors_are_served(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="there is no such folder"):
-        check_model_folder(str(tmp_path / "missing"))
-    torch.save({}, tmp_path / "pytorch_model.bin")
-    (tmp_path / "config.json").write_text("{}")
-    with pytest.raises(ValueError, match=r"no \*.safetensors file.*not served"):
-        check_model_folder(str(tmp_path))
-
-
-def test_the_revision_follows_weights_settings_and_dtype(model_folder: Path, tmp_path: Path) -> None:
-    def revision(folder: Path, **args: Any) -> str:
-        return load_model(ServeGramArgs(model=str(folder), **args), device="cpu").revision
-
-    def copy(name: str) -> Path:
-        (tmp_path / name).mkdir()
-        for file in model_folder.iterdir():
-            (tmp_path / name / file.name).write_bytes(file.read_bytes())
-        return tmp_path / name
-
-    original, weights, settings = revision(model_folder), copy("weights"), copy("settings")
-    assert revision(copy("same")) == original
-    tiny_model(seed=1).save_pretrained(weights)
-    values = json.loads((settings / "gram.json").read_text())
-    (settings / "gram.json").write_text(json.dumps(values | {"swap_average": "logit"}))
-    others = {revision(weights), revision(settings), revision(model_folder, dtype="bf16")}
-    assert len(others | {original}) == 4
-
-
 def test_a_pair_costs_the_tokens_of_both_orders(model_folder: Path, judge: Judge) -> None:
-    model = load_model(ServeGramArgs(model=str(model_folder)), device="cpu")
+    model = load_model(Args(model=str(model_folder)), device="cpu")
     pair = (PROMPT, ANSWERS[0], ANSWERS[1])
     ids = judge.encoder.encode(*pair)
     assert ids is not None and model.count_tokens(pair) == 2 * len(ids)

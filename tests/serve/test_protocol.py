@@ -14,7 +14,7 @@ import pytest
 from fastapi.testclient import TestClient
 
 from eagleray.models.gram.judge import Comparison, Pair, read_out
-from eagleray.serve.gram import GramService, LoadedModel, ServeGramArgs, gram_app
+from eagleray.serve.gram import Args, GramService, LoadedModel, gram_app
 
 SECRET = "my-private-words"
 
@@ -37,7 +37,7 @@ class LengthJudge:
 
 
 def make_client(judge: LengthJudge, **limits: Any) -> TestClient:
-    args = ServeGramArgs(model="unused", **limits)
+    args = Args(model="unused", **limits)
     model = LoadedModel(
         judge.compare, lambda pair: None if "too long" in pair[0] else sum(map(len, pair)), "tiny", "r1"
     )
@@ -413,4 +413,4 @@ def test_the_openapi_document_describes_requests_errors_and_examples(client: Tes
 
 def test_a_limit_that_no_ranking_could_meet_is_refused() -> None:
     with pytest.raises(ValueError, match="may need 2016 comparisons and could never be admitted"):
-        ServeGramArgs(model="m", max_pending=100)
+        Args(model="m", max_pending=100)

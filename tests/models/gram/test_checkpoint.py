@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -88,7 +89,7 @@ def test_dtype(folder: Path) -> None:
         (lambda v: v["template"].update(system="x"), "not the settings of a judge"),
     ],
 )
-def test_broken_settings(folder: Path, judge: Judge, change, message: str) -> None:  # type: ignore[no-untyped-def]
+def test_broken_settings(folder: Path, judge: Judge, change: Callable, message: str) -> None:
     judge.save_settings(folder)
     values = json.loads((folder / "gram.json").read_text())
     change(values)

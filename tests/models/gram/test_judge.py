@@ -1,4 +1,4 @@
-"""Acceptance checks 13 to 17 and the self-comparison of 21: reading out probabilities, invariances, errors."""
+"""Acceptance checks 13 to 17 and the self-comparison of 21: read-out, invariances, errors."""
 
 from __future__ import annotations
 
@@ -108,7 +108,7 @@ def test_check_17_scores_do_not_depend_on_the_batch(
     architecture: Architecture, dtype: torch.dtype, tolerance: float
 ) -> None:
     judge = make(architecture, dtype=dtype)
-    # A random model has logits in the tens; bf16 keeps 8 bits, so they are scaled to the size of a trained one's.
+    # bf16 keeps 8 bits: the logits of this random model are scaled to the size of a trained one's.
     with torch.no_grad():
         judge.model.get_output_embeddings().weight *= 0.2  # type: ignore[operator]
     alone = [probabilities(judge, [pair])[0] for pair in PAIRS]
@@ -129,7 +129,7 @@ def test_check_17_padding_side(architecture: Architecture) -> None:
     prompts = [judge.encoder.encode(*pair) for pair in PAIRS]
     assert all(prompts)
     right, right_mask = pad_right(prompts)  # type: ignore[arg-type]
-    left, left_mask = (padded.flip(1) for padded in pad_right([p[::-1] for p in prompts]))  # type: ignore[index]
+    left, left_mask = (t.flip(1) for t in pad_right([p[::-1] for p in prompts]))  # type: ignore[index]
     labels = judge.encoder.label_ids
     torch.testing.assert_close(
         label_logits(judge.model, right, right_mask, labels),

@@ -1,4 +1,4 @@
-"""Acceptance checks 1 to 12, 28 and 29 of the GRAM specification (section 14), and the errors of the losses."""
+"""Acceptance checks 1 to 10, 12, 28 and 29 of the GRAM specification, and the errors of the losses."""
 
 from __future__ import annotations
 
@@ -183,7 +183,7 @@ def test_check_09_full_vocabulary_equals_cross_entropy_for_any_label_ids() -> No
 
 
 def test_check_10_accumulation_divides_by_the_global_batch() -> None:
-    """Micro-batch sums over the global count give the mean of all six, 0.566667, however the six are split."""
+    """Micro-batch sums over the global count give the mean of all six, 0.566667, however they are split."""
     values = [0.4, 0.6, 0.8, 1.0, 0.2, 0.4]
     margins = torch.tensor([math.log(1 / math.expm1(v)) for v in values], dtype=torch.float64)
     gradients = []
@@ -271,7 +271,7 @@ def test_check_28_smoothing_stops_at_its_probability_and_none_keeps_growing() ->
 
 
 def test_check_29_flipped_labels_act_like_smoothing() -> None:
-    """One feature that gives the right label away and nothing to memorise with: BT finds log((1 - eps)/eps)."""
+    """One feature that tells the right label, nothing to memorise with: BT finds log((1 - eps)/eps)."""
     generator = torch.Generator().manual_seed(2)
     right = torch.randint(0, 2, (20_000,), generator=generator)
     flipped = torch.rand(20_000, generator=generator) < 0.1

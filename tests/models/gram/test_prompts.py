@@ -103,6 +103,10 @@ def test_foreign_text_is_parsed_when_it_has_one_reading() -> None:
     )
     with pytest.raises(ValueError, match="2 borders between the answers"):
         TEMPLATE.parse(raw.replace("ANSWER", f"x\n{A_END}\n\n{B_START}\ny"))
+    with pytest.raises(ValueError, match="1 starts of answer A and 0 borders"):
+        TEMPLATE.parse(
+            raw.replace("PROMPT", f"x\n{A_END}\n\n{B_START}\ny").replace("ANSWER\n" + A_END, "ANSWER")
+        )
     with pytest.raises(ValueError, match="does not start and end like judge template 'eagleray'"):
         TEMPLATE.parse(raw.replace("#Preferred:", ""))
 

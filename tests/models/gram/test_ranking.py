@@ -60,9 +60,9 @@ def test_check_19_all_methods_find_the_best(method: Method, comparisons: int, ca
 @pytest.mark.parametrize("n", [1, 2, 3, 7, 8, 9])
 def test_check_19_numbers_of_comparisons(n: int) -> None:
     scores = {str(i): float(i * 7 % 11) for i in range(n)}
-    expected = {"linear": n - 1, "bracket": n - 1, "round_robin": n * (n - 1) // 2}
+    expected: dict[Method, int] = {"linear": n - 1, "bracket": n - 1, "round_robin": n * (n - 1) // 2}
     for method, comparisons in expected.items():
-        ranking = rank(FakeJudge.of_scores(scores), "q", list(scores), method=method)  # type: ignore[arg-type]
+        ranking = rank(FakeJudge.of_scores(scores), "q", list(scores), method=method)
         assert ranking.comparisons == comparisons
         assert ranking.best == max(range(n), key=lambda i: i * 7 % 11)
 

@@ -87,7 +87,7 @@ def test_control_tokens_stay_text_in_another_process() -> None:
 def test_a_tokenizer_that_splits_otherwise_inside_the_frame_is_reported(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """Here a normalizer puts a mark before each piece of text; with a control token in the middle there are two."""
+    """A normalizer puts a mark before each piece of text; a control token in the middle makes two pieces."""
     tokenizer = sentencepiece_like(MISTRAL, *CONTROL[MISTRAL])
     tokenizer.backend_tokenizer.normalizer = normalizers.Prepend("x")
     tokenizer.add_tokens([AddedToken("better", special=True)])

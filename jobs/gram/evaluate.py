@@ -1,0 +1,271 @@
+"""Evaluate judges, reward models and simple baselines on preference files and benchmarks, side by side.
+
+    python -m eagleray.jobs.gram.evaluate --config configs/gram/evaluate_tiny.yaml
+
+Every figure has a bootstrap interval, and every scorer a paired difference to the reference scorer. The run
+folder gets `report.json`, one JSON line a pair and scorer under `results/`, and plots.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field, field_validator, model_validator
+from rich.console import Console
+from rich.table import Table
+
+from eagleray.models.gram.baselines import BagOfWords, LongerAnswer
+from eagleray.models.gram.benchmarks import BENCHMARKS, benchmark_metrics, read_benchmark
+from eagleray.models.gram.discriminative import DiscriminativeScorer
+from eagleray.models.gram.judge import Comparison, Judge, Pair
+from eagleray.models.gram.metrics import evaluate_comparisons, paired_difference
+from eagleray.models.gram.plots import plot_accuracy, plot_length_gap, plot_reliability
+from eagleray.platform.cluster import connected
+from eagleray.platform.config import Config as Section
+from eagleray.platform.data.preferences import PreferenceData, load_preferences
+from eagleray.platform.data.sources import DataError, SourceConfig, file_hashes, read_rows
+from eagleray.platform.runs import RunFolder
+from eagleray.platform.scoring import Row, Score, map_with_model
+from eagleray.platform.sections import JobConfig
+
+JOB = "gram.evaluate"
+logger = logging.getLogger(__name__)
+
+
+class ScorerSection(Section):
+    """One scorer of pairs."""
+
+    kind: Literal["judge", "discriminative", "longer_answer", "bag_of_words"]
+    """`judge` (GRAM, or any causal LM), `discriminative`, or one of the baselines without a model."""
+    path: str | None = None
+    """Model folder or hub name, for `judge` and `discriminative`."""
+    train: PreferenceData | None = None
+    """Pairs that a `bag_of_words` learns from."""
+    dev: PreferenceData | None = None
+    """Pairs that a `bag_of_words` chooses its regularisation by."""
+    options: dict[str, Any] = Field(default={})
+    """Further settings of a judge, e.g. `swap_average: logit` or `template: official.yaml`."""
+
+    @model_validator(mode="after")
+    def _has_what_it_needs(self) -> ScorerSection:
+        if self.kind in ("judge", "discriminative") and self.path is None:
+            raise ValueError(f"a scorer of kind {self.kind} needs `path`")
+        if self.kind == "bag_of_words" and (self.train is None or self.dev is None):
+            raise ValueError("a scorer of kind bag_of_words needs `train` and `dev`")
+        return self
+
+    @field_validator("path")
+    @classmethod
+    def _local_folders_are_absolute(cls, path: str | None) -> str | None:
+        return str(Path(path).absolute()) if path is not None and Path(path).exists() else path
+
+
+class EvaluationSet(Section):
+    """Pairs to judge: a preference file, or a benchmark in its own format."""
+
+    pairs: PreferenceData | None = None
+    """Preference data."""
+    benchmark: str | None = None
+    """Name of a benchmark, which says how rows are read and which metrics it has."""
+    source: SourceConfig | None = None
+    """File of the benchmark."""
+    options: dict[str, Any] = Field(default={})
+    """Of the benchmark's metrics, e.g. `reasoning_weighting: pooled`."""
+
+    @model_validator(mode="after")
+    def _one_kind(self) -> EvaluationSet:
+        if (self.pairs is None) == (self.benchmark is None):
+            raise ValueError("give either `pairs` or `benchmark`")
+        if self.benchmark is not None and (self.benchmark not in BENCHMARKS or self.source is None):
+            raise ValueError(f"`benchmark` must be one of {', '.join(BENCHMARKS)}, with its file as `source`")
+        return self
+
+
+class Config(JobConfig):
+    """Config of `gram.evaluate`."""
+
+    job: Literal["gram.evaluate"] = JOB
+    scorers: dict[str, ScorerSection] = Field(min_length=1)
+    """Scorers by the name they get in the report."""
+    sets: dict[str, EvaluationSet] = Field(min_length=1)
+    """Evaluation sets by name."""
+    reference: str | None = None
+    """Scorer that the others are compared with; default: the first."""
+    bootstrap: int = Field(default=1000, ge=100)
+    """Bootstrap replicates of an interval."""
+    seed: int = Field(default=0, ge=0)
+    """Seed of the bootstrap."""
+
+
+@dataclass(frozen=True)
+class LoadedSet:
+    """Pairs with the better answer first, and what the report needs to know of them."""
+
+    pairs: list[Pair]
+    ids: list[str]
+    hashes: dict[str, str]
+    benchmark_pairs: list[Any] = field(default_factory=list)
+
+
+def main(cfg: Config) -> dict[str, Any]:
+    """Score every set with every scorer and write the report.
+
+    Returns:
+        The report: `sets` -> name -> `scorers` -> name -> figures.
+    """
+    with RunFolder.create(JOB, cfg).recording() as run, connected(cfg.ray):
+        sets = {name: _load_set(section) for name, section in cfg.sets.items()}
+        run.update_manifest(data_hashes={k: v for loaded in sets.values() for k, v in loaded.hashes.items()})
+        comparisons: dict[str, dict[str, list[Comparison]]] = {name: {} for name in sets}
+        for scorer, section in cfg.scorers.items():
+            logger.info("Scoring with %s.", scorer)
+            everything = [pair for loaded in sets.values() for pair in loaded.pairs]
+            found = iter(_compare(section, everything, cfg))
+            for name, loaded in sets.items():
+                comparisons[name][scorer] = [next(found) for _ in loaded.pairs]
+        report = {"sets": {name: _report(cfg, name, sets[name], comparisons[name]) for name in sets}}
+        _write_results(run, sets, comparisons)
+        run.write_report(report)
+        _plot(run, report)
+    print_table(report, Console())
+    return report
+
+
+def print_table(report: dict[str, Any], console: Console) -> None:
+    """Accuracy with its interval and the main other figures, one table a set."""
+    for name, figures in report["sets"].items():
+        table = Table(title=f"{name}: {figures['pairs']} pairs", title_justify="left")
+        for column in (
+            "scorer",
+            "accuracy",
+            "95 % interval",
+            "difference to reference",
+            "ECE",
+            "Brier",
+            "consistency",
+        ):
+            table.add_column(column, justify="left" if column == "scorer" else "right")
+        for scorer, values in figures["scorers"].items():
+            accuracy, difference = values["accuracy"], values.get("difference")
+            table.add_row(
+                scorer,
+                f"{accuracy['value']:.3f}",
+                f"{accuracy['low']:.3f} to {accuracy['high']:.3f}",
+                f"{difference['value']:+.3f} ({difference['low']:+.3f} to {difference['high']:+.3f})"
+                if difference
+                else "",
+                f"{values['ece']:.3f}",
+                f"{values['brier']['value']:.3f}",
+                f"{values['consistency']['value']:.3f}",
+            )
+        console.print(table)
+
+
+def build_scorer(kind: str, path: str, options: dict[str, Any]) -> Score:
+    """A scorer with a model, for the workers: rows with prompt, first and second to columns of a `Comparison`."""
+    loader = {"judge": Judge, "discriminative": DiscriminativeScorer}[kind]
+    scorer = loader.from_pretrained(path, **options)
+
+    def score(rows: list[Row]) -> list[Row]:
+        results = scorer.compare([(row["prompt"], row["first"], row["second"]) for row in rows])
+        return [asdict(result) for result in results]
+
+    return score
+
+
+def _compare(section: ScorerSection, pairs: Sequence[Pair], cfg: Config) -> list[Comparison]:
+    if section.kind == "longer_answer":
+        return LongerAnswer().compare(pairs)
+    if section.kind == "bag_of_words":
+        assert section.train and section.dev
+        parts = [load_preferences(data)[0] for data in (section.train, section.dev)]
+        train, dev = ([(p.prompt_text, p.chosen, p.rejected) for p in part] for part in parts)
+        return BagOfWords().fit(train, dev).compare(pairs)
+    rows = [{"prompt": prompt, "first": first, "second": second} for prompt, first, second in pairs]
+    arguments = {"kind": section.kind, "path": section.path, "options": section.options}
+    return [Comparison(**row) for row in map_with_model(build_scorer, arguments, rows, cfg.ray)]
+
+
+def _load_set(section: EvaluationSet) -> LoadedSet:
+    if section.pairs is not None:
+        preferences, report = load_preferences(section.pairs)
+        pairs = [(p.prompt_text, p.chosen, p.rejected) for p in preferences]
+        return LoadedSet(pairs, [p.id for p in preferences], report.hashes)
+    assert section.benchmark and section.source
+    rows = []
+    for row in read_rows(section.source):
+        if isinstance(row, DataError):
+            raise row
+        rows.append(row)
+    try:
+        found = read_benchmark(section.benchmark, [row.values for row in rows])
+    except ValueError as error:
+        raise DataError(section.source.path, f"not a file of {section.benchmark}", str(error)) from error
+    pairs = [(p.prompt, p.chosen, p.rejected) for p in found]
+    return LoadedSet(pairs, [p.id for p in found], file_hashes(section.source), found)
+
+
+def _report(cfg: Config, name: str, loaded: LoadedSet, found: dict[str, list[Comparison]]) -> dict[str, Any]:
+    section = cfg.sets[name]
+    prompts = [prompt for prompt, _, _ in loaded.pairs]
+    gaps = [len(first) - len(second) for _, first, second in loaded.pairs]
+    reference = cfg.reference or next(iter(cfg.scorers))
+    options: dict[str, Any] = {"samples": cfg.bootstrap, "seed": cfg.seed}
+    scorers: dict[str, Any] = {}
+    for scorer, comparisons in found.items():
+        figures = evaluate_comparisons(comparisons, prompts=prompts, length_gaps=gaps, **options)
+        if section.benchmark is not None:
+            figures["benchmark"] = benchmark_metrics(
+                section.benchmark, loaded.benchmark_pairs, comparisons, **section.options
+            )
+        if scorer != reference:
+            right, other = ([c.p_a > 0.5 for c in row] for row in (comparisons, found[reference]))
+            figures["difference"] = asdict(paired_difference(right, other, clusters=prompts, **options))
+        scorers[scorer] = figures
+    return {"pairs": len(prompts), "prompts": len(set(prompts)), "reference": reference, "scorers": scorers}
+
+
+def _write_results(
+    run: RunFolder, sets: dict[str, LoadedSet], comparisons: dict[str, dict[str, list[Comparison]]]
+) -> None:
+    """One line a pair: id, and for each scorer the probability of the chosen answer in both orders."""
+    folder = run.path / "results"
+    folder.mkdir(exist_ok=True)
+    for name, loaded in sets.items():
+        with (folder / f"{name}.jsonl").open("w", encoding="utf-8") as file:
+            for i, (pair_id, (prompt, chosen, rejected)) in enumerate(
+                zip(loaded.ids, loaded.pairs, strict=True)
+            ):
+                row: dict[str, Any] = {
+                    "id": pair_id,
+                    "prompt": prompt,
+                    "chosen": chosen,
+                    "rejected": rejected,
+                }
+                for scorer, found in comparisons[name].items():
+                    row[scorer] = {
+                        "score_chosen": found[i].p_a,
+                        "score_rejected": found[i].p_b,
+                        "correct": found[i].p_a > 0.5,
+                        **asdict(found[i]),
+                    }
+                file.write(json.dumps(row, ensure_ascii=False) + "\n")
+
+
+def _plot(run: RunFolder, report: dict[str, Any]) -> None:
+    run.plots.mkdir(exist_ok=True)
+    for name, figures in report["sets"].items():
+        plot_accuracy(figures["scorers"], run.plots / f"{name}_accuracy.png", title=name)
+        plot_reliability(figures["scorers"], run.plots / f"{name}_reliability.png", title=name)
+        plot_length_gap(figures["scorers"], run.plots / f"{name}_length_gap.png", title=name)
+
+
+if __name__ == "__main__":
+    from eagleray.jobs.launch import run_job
+
+    run_job(JOB)

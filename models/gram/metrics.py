@@ -1,0 +1,199 @@
+"""How good a judge of pairs is: accuracy, calibration and bias, each with a bootstrap interval.
+
+Everything is computed from comparisons oriented so that the *first* answer is the chosen one: `p_a` is the
+probability given to the right answer. Prompts repeat in preference data, so intervals resample whole prompts.
+
+Shapes: N pairs, C clusters (prompts), R bootstrap replicates.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import asdict, dataclass
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+
+from eagleray.models.gram.judge import Comparison
+
+LENGTH_GAPS = (-np.inf, -200, -50, 0, 50, 200, np.inf)
+"""Edges of the bins of (length of chosen - length of rejected), in characters."""
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A figure with its bootstrap interval."""
+
+    value: float
+    low: float
+    high: float
+
+
+def expected_calibration_error(p_chosen: Sequence[float] | np.ndarray, *, bins: int = 15) -> float:
+    """ECE over equal-width bins of confidence max(p, 1 − p): Σ (n_bin / N) |accuracy − mean confidence|.
+
+    A probability of exactly 0.5 decides for no answer and counts as wrong.
+
+    >>> round(expected_calibration_error([0.9, 0.9, 0.9, 0.1]), 6)
+    0.15
+    """
+    p_N = np.asarray(p_chosen, dtype=np.float64)
+    confidence_N, right_N, bin_N = _calibration_terms(p_N, bins)
+    gaps = [abs((right_N - confidence_N)[bin_N == b].sum()) for b in np.unique(bin_N)]
+    return float(sum(gaps) / len(p_N))
+
+
+def brier_score(p_chosen: Sequence[float] | np.ndarray) -> float:
+    """Mean squared error (1 − p)² of the probability of the right answer; 0.25 for always 0.5."""
+    return float(np.mean((1 - np.asarray(p_chosen, dtype=np.float64)) ** 2))
+
+
+def reliability(p_chosen: Sequence[float] | np.ndarray, *, bins: int = 15) -> list[dict[str, float]]:
+    """Points of a reliability plot: mean confidence, accuracy and count of each bin that is not empty."""
+    confidence_N, right_N, bin_N = _calibration_terms(np.asarray(p_chosen, dtype=np.float64), bins)
+    return [
+        {
+            "confidence": float(confidence_N[bin_N == b].mean()),
+            "accuracy": float(right_N[bin_N == b].mean()),
+            "count": int((bin_N == b).sum()),
+        }
+        for b in np.unique(bin_N)
+    ]
+
+
+def bootstrap(
+    statistic: Callable[[np.ndarray], np.ndarray],
+    values: np.ndarray,
+    *,
+    clusters: Sequence[Hashable] | None = None,
+    samples: int = 1000,
+    seed: int = 0,
+    level: float = 0.95,
+) -> Estimate:
+    """Percentile interval of a statistic that is a function of weighted column means.
+
+    Args:
+        statistic: From column means [R, K] to values [R].
+        values: Columns [N, K] whose means the statistic needs.
+        clusters: Label of each row; rows with one label are drawn together. Default: each row is its own.
+        samples: Replicates R.
+        seed: Seed of the resampling.
+        level: Coverage.
+    """
+    means_RK = _resampled_means(values, clusters, samples=samples, seed=seed)
+    return _interval(float(statistic(values.mean(0, keepdims=True))[0]), statistic(means_RK), level)
+
+
+def mean_estimate(values: Sequence[float] | np.ndarray, **options: Any) -> Estimate:
+    """Mean of one column with its interval; options as in `bootstrap`."""
+    column = np.asarray(values, dtype=np.float64)[:, None]
+    return bootstrap(lambda means_RK: means_RK[:, 0], column, **options)
+
+
+def evaluate_comparisons(
+    comparisons: Sequence[Comparison],
+    *,
+    prompts: Sequence[str],
+    length_gaps: Sequence[int],
+    samples: int = 1000,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """All figures of one scorer on one set of pairs, ready for JSON.
+
+    Args:
+        comparisons: One a pair, with the chosen answer first.
+        prompts: Prompt of each pair; pairs of one prompt are resampled together.
+        length_gaps: Characters of the chosen answer minus those of the rejected one.
+        samples: Bootstrap replicates.
+        seed: Seed of the resampling.
+    """
+    if not len(comparisons) == len(prompts) == len(length_gaps) > 0:
+        raise ValueError(
+            f"There are {len(comparisons)} comparisons, {len(prompts)} prompts and {len(length_gaps)} length "
+            "gaps; there must be one of each for every pair, and at least one pair."
+        )
+    p_N = np.array([c.p_a for c in comparisons])
+    delta_N2 = np.array([(c.delta1, c.delta2) for c in comparisons])
+    columns = {
+        "accuracy": p_N > 0.5,
+        "ties": p_N == 0.5,
+        "nll": -np.log(np.clip(p_N, 1e-12, None)),
+        "brier": (1 - p_N) ** 2,
+        "consistency": [c.consistent for c in comparisons],
+        # In the second order the chosen answer stands in slot B, so together the data is balanced.
+        # No preference counts half, as for a scorer that cannot see the slots.
+        "slot_a_rate": ((np.sign(delta_N2) + 1) / 2).mean(1),
+        "mean_abs_delta": np.abs(delta_N2).mean(1),
+    }
+    report: dict[str, Any] = {"pairs": len(p_N), "prompts": len(set(prompts))}
+    values_NK = np.column_stack([np.asarray(column, dtype=np.float64) for column in columns.values()])
+    means_RK = _resampled_means(
+        values_NK, prompts, samples=samples, seed=seed
+    )  # drawn once: it takes seconds
+    for k, name in enumerate(columns):
+        report[name] = asdict(_interval(float(values_NK[:, k].mean()), means_RK[:, k], level=0.95))
+    report["ece"] = expected_calibration_error(p_N)
+    report["reliability"] = reliability(p_N)
+    report["by_length_gap"] = accuracy_by_length_gap(p_N, np.asarray(length_gaps))
+    return report
+
+
+def accuracy_by_length_gap(p_chosen: np.ndarray, length_gaps: np.ndarray) -> list[dict[str, float | None]]:
+    """Accuracy where the chosen answer is shorter or longer by so many characters; without empty bins."""
+    rows: list[dict[str, float | None]] = []
+    for low, high in pairwise(LENGTH_GAPS):
+        inside = (length_gaps >= low) & (length_gaps < high)
+        if inside.any():
+            rows.append(
+                {
+                    "from": None if np.isinf(low) else float(low),
+                    "to": None if np.isinf(high) else float(high),
+                    "accuracy": float((p_chosen[inside] > 0.5).mean()),
+                    "count": int(inside.sum()),
+                }
+            )
+    return rows
+
+
+def paired_difference(
+    right: Sequence[bool],
+    other: Sequence[bool],
+    *,
+    clusters: Sequence[Hashable] | None = None,
+    **options: Any,
+) -> Estimate:
+    """Difference in accuracy of two scorers on the same pairs, with the interval of the paired bootstrap."""
+    difference = np.asarray(right, dtype=np.float64) - np.asarray(other, dtype=np.float64)
+    return mean_estimate(difference, clusters=clusters, **options)
+
+
+def _resampled_means(
+    values: np.ndarray, clusters: Sequence[Hashable] | None, *, samples: int, seed: int
+) -> np.ndarray:
+    """Column means [R, K] of `values` [N, K] in replicates that draw whole clusters."""
+    labels_N = np.arange(len(values)) if clusters is None else _numbered(clusters)
+    count = int(labels_N.max()) + 1
+    sums_CK = np.zeros((count, values.shape[1] + 1))
+    np.add.at(sums_CK, labels_N, np.column_stack([values, np.ones(len(values))]))
+    weights_RC = np.random.default_rng(seed).multinomial(count, np.full(count, 1 / count), size=samples)
+    totals_RK = weights_RC @ sums_CK
+    return totals_RK[:, :-1] / totals_RK[:, -1:]
+
+
+def _numbered(labels: Sequence[Hashable]) -> np.ndarray:
+    # Not `np.unique`: in an array of prompts each takes as much memory as the longest of them.
+    numbers: dict[Hashable, int] = {}
+    return np.array([numbers.setdefault(label, len(numbers)) for label in labels])
+
+
+def _interval(value: float, replicates_R: np.ndarray, level: float) -> Estimate:
+    low, high = np.quantile(replicates_R, [(1 - level) / 2, (1 + level) / 2])
+    return Estimate(value, float(low), float(high))
+
+
+def _calibration_terms(p_N: np.ndarray, bins: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    confidence_N = np.maximum(p_N, 1 - p_N)
+    # Confidence lies in [0.5, 1]; bins are equal parts of [0, 1], as is usual, and the last one includes 1.
+    bin_N = np.minimum((confidence_N * bins).astype(int), bins - 1)
+    return confidence_N, (p_N > 0.5).astype(np.float64), bin_N
