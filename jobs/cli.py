@@ -70,6 +70,30 @@ def train(config: ConfigFile, overrides: Overrides = None) -> None:
     start(None, config, overrides or [])
 
 
+@app.command("sweep")
+def sweep(
+    space: Annotated[str, typer.Argument(metavar="SPACE", help="What to vary, e.g. label_smoothing.")],
+    config: Annotated[Path, typer.Option(help="Config file of the training job that every trial runs.")],
+    overrides: Overrides = None,
+    search: Annotated[
+        str | None, typer.Option(help="grid, random or optuna; grid, or random with --num-samples.")
+    ] = None,
+    scheduler: Annotated[str, typer.Option(help="none, or asha to stop bad trials early.")] = "none",
+    num_samples: Annotated[int | None, typer.Option(help="Points to try with random and optuna.")] = None,
+    max_concurrent: Annotated[
+        int | None, typer.Option(help="Trials at a time; default: what the cluster holds.")
+    ] = None,
+    seeds: Annotated[str | None, typer.Option(help="Seeds to run each point with, e.g. 0,1,2.")] = None,
+) -> None:
+    """Train over a space of config values; ends with a table and the best config as a file for `train`."""
+    from eagleray.jobs.sweep import main, parse_seeds, sweep_config  # Ray Tune takes seconds to import
+
+    options = {"search": search, "scheduler": scheduler, "num_samples": num_samples}
+    options |= {"max_concurrent": max_concurrent, "seeds": parse_seeds(seeds)}
+    done = main(sweep_config(space, config, overrides or [], **options))
+    typer.echo(f"{done.table}\nTrain the best with: eagleray train {done.best}")
+
+
 @config_app.command("show")
 def config_show(config: ConfigFile, overrides: Overrides = None) -> None:
     """Print every key of the resolved config with its value, where the value comes from and what it means."""

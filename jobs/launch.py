@@ -128,7 +128,7 @@ def resume_command(run: Path) -> str:
 def _how_to_resume(stop: KeyboardInterrupt) -> str:
     if isinstance(stop, RunInterrupted):
         return f"resume the run with\n  {resume_command(stop.path)}"
-    return "no run had begun."
+    return str(stop) or "no run had begun."
 
 
 def _class_is_ours(error: BaseException) -> bool:

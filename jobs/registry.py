@@ -19,6 +19,7 @@ JOBS = {
     "gram.discriminative": "eagleray.jobs.gram.discriminative",
     "gram.evaluate": "eagleray.jobs.gram.evaluate",
     "gram.demo": "eagleray.jobs.gram.demo",
+    "sweep": "eagleray.jobs.sweep",
 }
 """Job name -> module."""
 

@@ -13,7 +13,7 @@ import difflib
 import importlib
 import logging
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -94,9 +94,13 @@ class Config(JobConfig):
             raise ValueError("`seeds` has the same seed twice, which would give the same run twice")
         if self.seeds is not None and len(self.seeds) > 1:
             if self.chosen_search == "optuna":
-                raise ValueError("optuna looks at single runs; give one seed, or take `search` grid or random")
+                raise ValueError(
+                    "optuna looks at single runs; give one seed, or take `search` grid or random"
+                )
             if self.scheduler == "asha":
-                raise ValueError("a mean over seeds needs whole runs; give one seed, or take `scheduler` none")
+                raise ValueError(
+                    "a mean over seeds needs whole runs; give one seed, or take `scheduler` none"
+                )
         return self
 
 
@@ -134,6 +138,16 @@ def sweep_config(space: str, path: Path, overrides: Sequence[str], **options: An
     return validate_config(Config, values, "command line")
 
 
+def parse_seeds(text: str | None) -> list[int] | None:
+    """Seeds from the command line: whole numbers with commas between them."""
+    if text is None:
+        return None
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise ConfigError(f"`--seeds` is {text!r}; it takes whole numbers with commas, e.g. 0,1,2.") from None
+
+
 def load_space(name: str, search: SearchName) -> Space:
     """Import a space.
 
@@ -154,7 +168,6 @@ def main(cfg: Config) -> SweptRun:
     run = RunFolder.create(JOB, cfg)
     try:
         with run.recording():
-            _refuse_old_trials(run)
             return _sweep(plan, cfg, run)
     except RunInterrupted:
         raise KeyboardInterrupt(
@@ -162,7 +175,7 @@ def main(cfg: Config) -> SweptRun:
         ) from None
 
 
-def _plan(cfg: Config, trials_dir: Path = Path("trials")) -> SweepPlan:
+def _plan(cfg: Config) -> SweepPlan:
     name = cfg.trial.get("job")
     if name is None:
         raise ConfigError("`trial.job` is missing; it says which training job to run, e.g. gram.finetune.")
@@ -189,6 +202,84 @@ def _plan(cfg: Config, trials_dir: Path = Path("trials")) -> SweepPlan:
         scheduler=cfg.scheduler,
         samples=samples,
         seeds=cfg.seeds or (base.train.seed,),
-        trials_dir=trials_dir,
-        working_dir=Path.cwd(),
     )
+
+
+def _sweep(plan: SweepPlan, cfg: Config, run: RunFolder) -> SweptRun:
+    if (run.path / "trials").exists():
+        raise ConfigError(
+            f"{run.path} holds the trials of an earlier attempt, and a sweep cannot be resumed. Set another `run.dir`."
+        )
+    run.update_manifest(seeds={SEED_KEY: list(plan.seeds), "search": plan.seeds[0]})
+    with connected(cfg.ray):
+        check_placement(cfg.ray)
+        outcomes = run_trials(plan, run.path, max_concurrent=_concurrency(plan, cfg))
+    keep = validate_config(plan.config_class, plan.config, "trial").train.keep_model
+    trials = [read_trial(outcome, plan.space, keep=keep) for outcome in outcomes]
+    for trial in trials:
+        if trial.status == "failed":
+            logger.warning("Trial %s failed: %s", trial.name, trial.error)
+    results = rank_points(trials, plan.space)
+    table = _write_results(plan, cfg, run, trials, results)
+    return SweptRun(run.path, table, _write_best(plan, cfg, run, results[0]))
+
+
+def _concurrency(plan: SweepPlan, cfg: Config) -> int:
+    fits, wanted = trials_at_once(cfg.ray), number_of_trials(plan)
+    chosen = min(cfg.max_concurrent or fits, wanted)
+    logger.info(
+        "%d trial(s), %d at a time; the cluster holds %d (%d worker(s) x %g CPU each).",
+        wanted,
+        chosen,
+        fits,
+        cfg.ray.num_workers,
+        cfg.ray.cpus_per_worker,
+    )
+    if chosen > fits:
+        logger.warning("`max_concurrent` is %d; trials beyond %d wait for the cluster to grow.", chosen, fits)
+    return chosen
+
+
+def _write_results(
+    plan: SweepPlan, cfg: Config, run: RunFolder, trials: list[TrialRecord], results: list[PointResult]
+) -> str:
+    space, rows = plan.space, table_rows(results, plan.space)
+    table = to_markdown(rows)
+    storage.write_text(run.path / "table.md", table)
+    storage.write_text(run.path / "table.csv", to_csv(rows))
+    run.plots.mkdir(exist_ok=True)
+    plot_over_time(trials, space, run.plots / f"{space.metric}_over_time.png")
+    for key in space.varied:
+        plot_by_value(results, space, key, space.curves or (space.metric,), run.plots / f"by_{key}.png")
+    run.write_report(
+        {
+            "best": {**results[0].point, **results[0].metrics},
+            "selected_by": {"metric": space.metric, "mode": space.mode},
+            "space": space.name,
+            "search": plan.search,
+            "scheduler": plan.scheduler,
+            "seeds": list(plan.seeds),
+            "count": {
+                status: sum(trial.status == status for trial in trials)
+                for status in ("finished", "stopped", "failed")
+            },
+            "table": rows,
+            "errors": {trial.name: trial.error for trial in trials if trial.error},
+        }
+    )
+    return table
+
+
+def _write_best(plan: SweepPlan, cfg: Config, run: RunFolder, best: PointResult) -> Path:
+    point = {**best.point, SEED_KEY: best.trials[0].seed}
+    cfg_best = trial_config(plan.config_class, plan.config, point, source="best point")
+    path = run.path / "best.yaml"
+    head = f"# Best of the sweep {run.path.name} over `{plan.space.name}` by {plan.space.metric}.\n"
+    storage.write_text(path, head + to_yaml(cfg_best))
+    return path
+
+
+if __name__ == "__main__":
+    from eagleray.jobs.launch import run_job
+
+    run_job(JOB)

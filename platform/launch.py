@@ -45,6 +45,7 @@ def train(
     job: str,
     prepare: Callable[[RunFolder], None],
     callbacks: Sequence[Any] = (),
+    trainer_class: type[Any] | None = None,
 ) -> TrainedRun:
     """Run a training job: run folder, prepared examples, Ray Train with DeepSpeed, report and plots.
 
@@ -54,6 +55,7 @@ def train(
         job: The job's name in run folders.
         prepare: Writes the examples that the task reads into `run.data`; called for a new run only.
         callbacks: Ray Train callbacks, e.g. Tune's `TuneReportCallback`.
+        trainer_class: Used in place of Ray Train's `TorchTrainer`, e.g. `leftovers.TrialTrainer`.
 
     Raises:
         PlacementError: The cluster cannot hold the run.
@@ -65,14 +67,19 @@ def train(
             prepare(run)
         with connected(cfg.ray):
             check_placement(cfg.ray)
-            summary = _fit(task_class, cfg, run, job, callbacks)
+            summary = _fit(task_class, cfg, run, job, callbacks, trainer_class)
         run.write_report(summary)
         plot_training(run.path)
     return TrainedRun(run.path, summary)
 
 
 def _fit(
-    task_class: type[Task], cfg: TrainingConfig, run: RunFolder, job: str, callbacks: Sequence[Any]
+    task_class: type[Task],
+    cfg: TrainingConfig,
+    run: RunFolder,
+    job: str,
+    callbacks: Sequence[Any],
+    trainer_class: type[Any] | None,
 ) -> dict[str, float]:
     import ray.train
     from ray.train.torch import TorchTrainer
@@ -80,7 +87,7 @@ def _fit(
 
     steps = total_steps(cfg.train, len(task_class(cfg, run.data).train_lengths))
     use_gpu = wants_gpu(cfg.ray)
-    trainer = TorchTrainer(
+    trainer = (trainer_class or TorchTrainer)(
         _train_worker,
         train_loop_config={
             "task": f"{task_class.__module__}:{task_class.__qualname__}",

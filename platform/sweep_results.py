@@ -62,12 +62,13 @@ class PointResult:
     @property
     def status(self) -> TrialStatus:
         """The worst among the trials: a mean over those that are left would compare unlike things."""
-        return max((trial.status for trial in self.trials), key=_ORDER.index)
+        return _ORDER[max(_ORDER.index(trial.status) for trial in self.trials)]
 
 
 def read_trial(outcome: TrialOutcome, space: Space, *, keep: Literal["best", "last"]) -> TrialRecord:
     """Read one trial's folder and record there that the scheduler stopped it, if that is what happened."""
-    path, status, error = outcome.path, "failed", outcome.error
+    status: TrialStatus = "failed"
+    path, error = outcome.path, outcome.error
     manifest = load_run(path).manifest if (path / MANIFEST_FILE).is_file() else {}
     if manifest.get("status") == "finished":
         status, error = "finished", None
@@ -158,7 +159,9 @@ def to_markdown(rows: Sequence[dict[str, Any]]) -> str:
         "| " + " | ".join(text.ljust(width) for text, width in zip(line, widths, strict=True)) + " |"
         for line in cells
     ]
-    return "\n".join([lines[0], "|" + "|".join("-" * (width + 2) for width in widths) + "|", *lines[1:]]) + "\n"
+    return (
+        "\n".join([lines[0], "|" + "|".join("-" * (width + 2) for width in widths) + "|", *lines[1:]]) + "\n"
+    )
 
 
 def interval_95(values: Sequence[float]) -> float | None:

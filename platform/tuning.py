@@ -27,7 +27,7 @@ import ray
 from ray import tune
 from ray.tune.experiment import Trial
 from ray.tune.schedulers import ASHAScheduler, TrialScheduler
-from ray.tune.search import BasicVariantGenerator, SearchAlgorithm, Searcher
+from ray.tune.search import BasicVariantGenerator
 from ray.tune.search.sample import Categorical, Domain
 
 from eagleray.platform import storage
@@ -57,7 +57,7 @@ _TUNE_SETTINGS = {
     "RAY_AIR_NEW_OUTPUT": "0",
 }
 
-_NO_CORES = {"memory": 1}
+_NO_CORES = {"memory": 1.0}
 """What Tune reserves for a trial's process: a byte, because Tune refuses to reserve nothing."""
 
 
@@ -71,6 +71,8 @@ class Space:
     metric: str
     """Evaluation metric that selects; must mean the same in every trial."""
     mode: Mode
+    curves: tuple[str, ...] = ()
+    """Evaluation metrics to draw against the varied keys."""
 
     @property
     def varied(self) -> list[str]:
@@ -94,10 +96,6 @@ class SweepPlan:
     """Trials for each seed, with a grid: how often it is tried."""
     seeds: tuple[int, ...]
     """Values of `train.seed` that each point is run with."""
-    trials_dir: Path
-    """Absolute folder of the trials' run folders."""
-    working_dir: Path
-    """Folder that relative paths in the config are seen from."""
 
 
 @dataclass(frozen=True)
@@ -200,20 +198,20 @@ def shown(value: Any) -> str:
     return f"{value:.6g}" if isinstance(value, float) else str(value)
 
 
-def run_trials(plan: SweepPlan, *, max_concurrent: int, storage_dir: Path) -> list[TrialOutcome]:
+def run_trials(plan: SweepPlan, folder: Path, *, max_concurrent: int) -> list[TrialOutcome]:
     """Run all trials of a sweep; a trial that fails does not end it. Ray must be connected.
 
     Args:
         plan: The sweep.
+        folder: Absolute folder, shared by all nodes: run folders go into `trials/`, Tune's records into `tune/`.
         max_concurrent: Trials that run at a time.
-        storage_dir: Absolute folder for Tune's own records.
 
     Returns:
         One outcome a trial, in the order of their numbers.
     """
-    leftovers = Leftovers()
+    leftovers, trials_dir = Leftovers(), folder / "trials"
     tuner = tune.Tuner(
-        tune.with_resources(_trial_function(plan), _NO_CORES),
+        tune.with_resources(_trial_function(plan, trials_dir, Path.cwd()), _NO_CORES),
         param_space=_param_space(plan),
         tune_config=tune.TuneConfig(
             metric=plan.space.metric,
@@ -225,7 +223,7 @@ def run_trials(plan: SweepPlan, *, max_concurrent: int, storage_dir: Path) -> li
         ),
         run_config=tune.RunConfig(
             name="tune",
-            storage_path=str(storage_dir),
+            storage_path=str(folder),
             verbose=0,
             callbacks=[_Watcher(plan.space, leftovers)],
         ),
@@ -235,21 +233,21 @@ def run_trials(plan: SweepPlan, *, max_concurrent: int, storage_dir: Path) -> li
             results = tuner.fit()
         finally:
             leftovers.settle()
-    outcomes = [_outcome(plan, result) for result in results]
+    outcomes = [_outcome(trials_dir, result) for result in results]
     for outcome in outcomes:
         _wait_until_ended(outcome.path)
     return sorted(outcomes, key=lambda outcome: outcome.name)
 
 
-def _trial_function(plan: SweepPlan) -> Callable[[dict[str, Any]], None]:
+def _trial_function(plan: SweepPlan, trials_dir: Path, working_dir: Path) -> Callable[[dict[str, Any]], None]:
     def trial(point: dict[str, Any]) -> None:
         from ray.tune.integration.ray_train import TuneReportCallback
 
-        # Tune starts trials in folders of their own.
+        # Tune starts trials in folders of their own; relative paths in the config mean where the sweep started.
         with contextlib.suppress(OSError):
-            os.chdir(plan.working_dir)
+            os.chdir(working_dir)
         name = tune.get_context().get_trial_name()
-        config = {**plan.config, "run": {"dir": str(plan.trials_dir / name), "note": f"trial {name}"}}
+        config = {**plan.config, "run": {"dir": str(trials_dir / name), "note": f"trial {name}"}}
         cfg = trial_config(plan.config_class, config, storage.plain(point), source=f"trial {name}")
         plan.main(cfg, callbacks=[TuneReportCallback()], trainer_class=TrialTrainer)
 
@@ -258,22 +256,24 @@ def _trial_function(plan: SweepPlan) -> Callable[[dict[str, Any]], None]:
 
 def _param_space(plan: SweepPlan) -> dict[str, Any]:
     # A grid of seeds is the one grid that goes together with random points; optuna gets the seed as it is.
-    seeds = tune.grid_search(list(plan.seeds)) if len(plan.seeds) > 1 else plan.seeds[0]
-    return {**plan.space.domains, SEED_KEY: seeds}
+    first, *others = plan.seeds
+    return {**plan.space.domains, SEED_KEY: tune.grid_search([first, *others]) if others else first}
 
 
 def _search_options(plan: SweepPlan, max_concurrent: int) -> dict[str, Any]:
     """Search algorithm, seeded by the first seed, and the limit on trials at a time in the form that it takes."""
-    search: Searcher | SearchAlgorithm
+    options: dict[str, Any] = {"num_samples": plan.samples}
     if plan.search == "optuna":
         from ray.tune.search.optuna import OptunaSearch
 
         search = OptunaSearch(seed=plan.seeds[0])
-        return {"search_alg": search, "num_samples": plan.samples, "max_concurrent_trials": max_concurrent}
+        return {**options, "search_alg": search, "max_concurrent_trials": max_concurrent}
     search = BasicVariantGenerator(
-        max_concurrent=max_concurrent, constant_grid_search=True, random_state=plan.seeds[0]
+        max_concurrent=max_concurrent,
+        constant_grid_search=True,  # random points are drawn once, and tried with every seed
+        random_state=plan.seeds[0],
     )
-    return {"search_alg": search, "num_samples": plan.samples}
+    return {**options, "search_alg": search}
 
 
 def _scheduler(plan: SweepPlan) -> TrialScheduler | None:
@@ -327,13 +327,13 @@ class _Watcher(tune.Callback):
         logger.warning("Trial %s failed.", trial)
 
 
-def _outcome(plan: SweepPlan, result: Any) -> TrialOutcome:
+def _outcome(trials_dir: Path, result: Any) -> TrialOutcome:
     name = Path(result.path).name
     error = None
     if result.error is not None:
         lines = str(result.error).strip().splitlines()
         error = lines[-1] if lines else type(result.error).__name__
-    return TrialOutcome(name, plan.trials_dir / name, storage.plain(result.config), error)
+    return TrialOutcome(name, trials_dir / name, storage.plain(result.config), error)
 
 
 def _wait_until_ended(path: Path, timeout_s: float = 10.0) -> None:

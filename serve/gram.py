@@ -17,6 +17,7 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import ray
@@ -27,6 +28,9 @@ from ray import serve
 from ray.serve import Application
 
 from eagleray.models.gram.alignment import transform_reward
+from eagleray.models.gram.batching import common_prefix
+from eagleray.models.gram.discriminative import SETTINGS_FILE as REWARD_SETTINGS
+from eagleray.models.gram.discriminative import DiscriminativeScorer
 from eagleray.models.gram.judge import Comparison, Judge, Pair
 from eagleray.models.gram.ranking import Compare, Ranking, rank
 from eagleray.platform.data.layouts import readable
@@ -60,9 +64,9 @@ class Args(ServedModel):
     """Most tokens of one batch, both orders counted; also the judge's limit for one forward pass."""
     max_wait_s: float = Field(default=0.004, ge=0)
     """How long a comparison waits for others to share its batch."""
-    max_pending: int = Field(default=4096, ge=1)
+    max_pending: int = Field(default=1024, ge=1)
     """Comparisons a replica has admitted and not finished; what comes on top gets 429."""
-    max_responses: int = Field(default=64, ge=2)
+    max_responses: int = Field(default=32, ge=2)
     """Most answers in one `/rank` request."""
     max_body_bytes: int = Field(default=4 * 2**20, ge=1)
     """Largest request body; larger ones get 413."""
@@ -83,8 +87,8 @@ class LoadedModel:
     """What is served: a `Judge`, or anything else that compares pairs of answers."""
 
     compare: Callable[[Sequence[Pair]], Sequence[Comparison]]
-    count_tokens: Callable[[Pair], int | None]
-    """What a pair costs, both orders together; None if it is too long to be judged."""
+    costs: Callable[[Sequence[Pair]], list[int | None]]
+    """Tokens that each pair adds to a round; None for a pair that is too long to be judged."""
     name: str
     revision: str
 
@@ -181,7 +185,7 @@ class GramService:
 
     async def _judge(self, pairs: Sequence[Pair]) -> list[Comparison]:
         # In a thread: a text of a megabyte takes a while to tokenise.
-        costs = await asyncio.to_thread(lambda: [self._model.count_tokens(pair) for pair in pairs])
+        costs = await asyncio.to_thread(self._model.costs, pairs)
         known = [cost for cost in costs if cost is not None]
         if len(known) < len(pairs):
             raise invalid(
@@ -292,18 +296,42 @@ def build_app(args: Args) -> Application:
 
 
 def load_model(args: Args, *, device: str) -> LoadedModel:
-    """Load what `args` name onto a device."""
+    """Load what `args` name: a discriminative reward model if the folder has the settings of one, else a judge."""
     folder = model_folder(args.model)
-    dtype = _DTYPES.get(args.dtype)
-    judge = Judge.from_pretrained(folder, device=device, dtype=dtype, max_batch_tokens=args.max_batch_tokens)
+    if (folder / REWARD_SETTINGS).is_file():
+        if args.dtype != "saved":
+            raise ValueError(f"`dtype` is {args.dtype!r}; a discriminative reward model takes 'saved' only.")
+        scorer = DiscriminativeScorer.from_pretrained(folder, max_batch_tokens=args.max_batch_tokens)
+        compare, costs = scorer.compare, partial(_scorer_costs, scorer)
+    else:
+        judge = Judge.from_pretrained(
+            folder, device=device, dtype=_DTYPES.get(args.dtype), max_batch_tokens=args.max_batch_tokens
+        )
+        compare, costs = judge.compare, partial(_judge_costs, judge)
+    return LoadedModel(compare, costs, args.name or folder.name, model_revision(folder, args.dtype))
 
-    def count_tokens(pair: Pair) -> int | None:
+
+def _judge_costs(judge: Judge, pairs: Sequence[Pair]) -> list[int | None]:
+    """Tokens of both orders, without what a pair shares with the one before it: the judge computes that once."""
+    costs: list[int | None] = []
+    before: list[int] = []
+    for pair in pairs:
         ids = judge.encoder.encode(*pair)
-        return None if ids is None else 2 * len(ids)
+        shared = common_prefix(before, ids, len(ids)) if ids and judge.share_prefix else 0
+        costs.append(None if ids is None else 2 * max(1, len(ids) - shared))
+        before = ids or before
+    return costs
 
-    return LoadedModel(
-        judge.compare, count_tokens, args.name or folder.name, model_revision(folder, args.dtype)
-    )
+
+def _scorer_costs(scorer: DiscriminativeScorer, pairs: Sequence[Pair]) -> list[int | None]:
+    """Tokens of both conversations, without those of an earlier pair: the model scores each once."""
+    seen: set[tuple[str, str]] = set()
+    costs: list[int | None] = []
+    for prompt, *answers in pairs:
+        new = {(prompt, answer) for answer in answers} - seen
+        costs.append(max(1, sum(len(scorer.encoder.encode(*conversation)) for conversation in new)))
+        seen |= new
+    return costs
 
 
 def _text(prompt: Prompt) -> str:

@@ -135,7 +135,8 @@ class _Limits:
     def _limited(self, scope: Scope, receive: Receive) -> Receive:
         """`receive` that fails above the limit: at once if the size is declared, else while the body arrives.
 
-        It raises an HTTP exception because FastAPI turns any other error while reading a body into a 400.
+        It raises an HTTP exception because FastAPI turns any other error while reading a body into a 400. FastAPI's
+        own `max_body_size` answers with plain text instead of the uniform body.
         """
         header = dict(scope["headers"]).get(b"content-length", b"")
         declared = int(header) if header.isdigit() else 0

@@ -92,7 +92,7 @@ def judgebench_row(row: Row, group: str | None = None) -> list[BenchmarkPair]:
     starts = [start for start in JUDGEBENCH_CATEGORIES if source.startswith(start)]
     if not starts:
         raise ValueError(f"`source` is {source!r}; it must start with {', '.join(JUDGEBENCH_CATEGORIES)}")
-    row = {"source": source, **row}  # kept among the extra columns: finer than the category
+    row = {**row, "source": source}  # kept among the extra columns: finer than the category
     if "response_A" in row:
         better = _one_of(_text(row, "label"), ("A>B", "B>A"), "label")[0]
         row = _renamed(
@@ -137,7 +137,7 @@ def hhh_row(row: Row, group: str | None = None) -> list[BenchmarkPair]:
         choices, labels = targets.get("choices"), targets.get("labels")
         if not isinstance(choices, list) or len(choices) != 2:
             raise ValueError("`targets.choices` must be a list of two answers")
-        if not isinstance(labels, list) or sorted(labels) != [0, 1]:
+        if labels not in ([1, 0], [0, 1]):
             raise ValueError(f"`targets.labels` is {labels!r}; it must be [1, 0] or [0, 1]")
         best = labels.index(1)
         row = {**_renamed(row, prompt="input"), "chosen": choices[best], "rejected": choices[1 - best]}

@@ -190,25 +190,21 @@ def _rewardbench(
     sections: Report = {}
     for section, official in REWARDBENCH_SECTIONS.items():
         there = {name: subsets[name] for name in official if name in subsets}
-        if not there:
-            continue
-        score = _pooled(there.values())["accuracy"]
-        halves = [
-            _pooled([found for name, found in there.items() if (name == "math-prm") == maths])
-            for maths in (True, False)
-        ]
-        if section == "reasoning" and all(half["pairs"] for half in halves):
-            score = reasoning_score(
-                *(half["accuracy"] for half in halves),
-                weighting=reasoning_weighting,
-                math_pairs=halves[0]["pairs"],
-                code_pairs=halves[1]["pairs"],
-            )
-        counted = sum(found["pairs"] for found in there.values())
-        sections[section] = {"score": score, "pairs": counted, "official_pairs": sum(official.values())}
+        if there:
+            sections[section] = _pooled(there.values()) | {"official_pairs": sum(official.values())}
+    maths = subsets.get("math-prm")
+    code = _pooled(found for name, found in subsets.items() if name.startswith("hep-"))
+    if maths and code["pairs"]:
+        sections["reasoning"]["accuracy"] = reasoning_score(
+            maths["accuracy"],
+            code["accuracy"],
+            weighting=reasoning_weighting,
+            math_pairs=maths["pairs"],
+            code_pairs=code["pairs"],
+        )
     known = [name for official in REWARDBENCH_SECTIONS.values() for name in official]
     return {
-        "overall": float(np.mean([section["score"] for section in sections.values()])),
+        "overall": float(np.mean([section["accuracy"] for section in sections.values()])),
         "reasoning_weighting": reasoning_weighting,
         "sections": sections,
         "subsets": subsets,
@@ -218,21 +214,22 @@ def _rewardbench(
 
 def _judgebench(pairs: Pairs, comparisons: Comparisons) -> Report:
     """Both metrics, over all pairs and for each model that wrote the answers (the official tables)."""
-    strict_N = np.array([strictly_correct(c) for c in comparisons], dtype=np.float64)
-    rights = {"strict": strict_N, "avgprob": _right(comparisons)}
-    models = [pair.extra.get("response_model") for pair in pairs]
-    report: Report = {
-        name: _summary(pairs, right_N, tuple(JUDGEBENCH_CATEGORIES.values()))
-        for name, right_N in rights.items()
-    }
-    report["by_response_model"] = {}
-    for model in sorted({model for model in models if isinstance(model, str)}):
-        inside = [i for i, other in enumerate(models) if other == model]
-        report["by_response_model"][model] = {
-            name: _summary([pairs[i] for i in inside], right_N[inside], tuple(JUDGEBENCH_CATEGORIES.values()))
-            for name, right_N in rights.items()
+
+    def summaries(members: Sequence[int]) -> Report:
+        some, results = [pairs[i] for i in members], [comparisons[i] for i in members]
+        strict_N = np.array([strictly_correct(c) for c in results], dtype=np.float64)
+        categories = tuple(JUDGEBENCH_CATEGORIES.values())
+        return {
+            "strict": _summary(some, strict_N, categories),
+            "avgprob": _summary(some, _right(results), categories),
         }
-    return report
+
+    models: dict[str, list[int]] = defaultdict(list)
+    for i, pair in enumerate(pairs):
+        if pair.extra.get("response_model"):
+            models[str(pair.extra["response_model"])].append(i)
+    by_model = {model: summaries(members) for model, members in sorted(models.items())}
+    return summaries(range(len(pairs))) | {"by_response_model": by_model}
 
 
 def _rmbench(pairs: Pairs, comparisons: Comparisons) -> Report:
@@ -315,16 +312,16 @@ def _pooled(groups: Iterable[Report]) -> Report:
     groups = list(groups)
     count = sum(group["pairs"] for group in groups)
     right = sum(group["accuracy"] * group["pairs"] for group in groups)
-    return {"accuracy": right / count if count else None, "pairs": count}
+    return {"accuracy": right / count if count else 0.0, "pairs": count}
 
 
 def _summary(pairs: Pairs, right_N: np.ndarray, expected: Sequence[str]) -> Report:
     groups = _by_group(pairs, right_N)
-    macro, micro = (
-        macro_micro([g["accuracy"] for g in groups.values()], [g["pairs"] for g in groups.values()])
-        if groups
-        else (None, None)
-    )
+    macro = micro = None
+    if groups:
+        macro, micro = macro_micro(
+            [g["accuracy"] for g in groups.values()], [g["pairs"] for g in groups.values()]
+        )
     missing = [group for group in expected if group not in groups]
     return {"macro": macro, "micro": micro, "groups": groups, "missing_groups": missing}
 
@@ -334,7 +331,8 @@ def _matrices(pairs: Pairs, right_N: np.ndarray) -> dict[tuple[str, str], np.nda
     cells: dict[tuple[str, str], dict[tuple[int, int], float]] = defaultdict(dict)
     for pair, right in zip(pairs, right_N, strict=True):
         key = (pair.group, pair.extra["item"])
-        if pair.cell is None or pair.cell in cells[key]:
+        assert pair.cell is not None  # every reader of RM-Bench gives one
+        if pair.cell in cells[key]:
             raise ValueError(
                 f"RM-Bench prompt {key[1]!r} ({key[0]}) has the comparison {pair.cell} twice. "
                 "Give each file once, and each prompt an `id` of its own."

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import shutil
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +16,10 @@ import pytest
 import yaml
 from builders import tiny_model, tiny_tokenizer
 from ray.serve.schema import ServeDeploySchema
+from transformers import LlamaConfig, LlamaForSequenceClassification
 
 from eagleray.jobs.serve import serving
+from eagleray.models.gram.discriminative import DiscriminativeScorer, RewardSettings
 from eagleray.models.gram.judge import Judge
 from eagleray.models.gram.prompts import JudgeEncoder, JudgeTemplate
 from eagleray.models.gram.ranking import rank
@@ -63,12 +67,49 @@ def test_the_shipped_yaml_is_valid_for_serve_deploy_and_stays_on_this_machine() 
     assert {deployment["name"] for deployment in application["deployments"]} == {"gram"}
 
 
-def test_a_pair_costs_the_tokens_of_both_orders(model_folder: Path, judge: Judge) -> None:
+def test_a_pair_costs_what_the_judge_computes(model_folder: Path, judge: Judge) -> None:
     model = load_model(Args(model=str(model_folder)), device="cpu")
-    pair = (PROMPT, ANSWERS[0], ANSWERS[1])
-    ids = judge.encoder.encode(*pair)
-    assert ids is not None and model.count_tokens(pair) == 2 * len(ids)
+    pairs = [(PROMPT, ANSWERS[0], ANSWERS[1]), (PROMPT, ANSWERS[0], ANSWERS[2]), ("Other.", "yes", "no")]
+    ids = [judge.encoder.encode(*pair) or [] for pair in pairs]
+    shared = [next(i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y) for a, b in pairwise(ids)]
+    assert shared[0] > shared[1] > 50  # instruction, prompt and first answer; the instruction
+    assert model.costs(pairs) == [
+        2 * len(ids[0]),
+        2 * (len(ids[1]) - shared[0]),
+        2 * (len(ids[2]) - shared[1]),
+    ]
     assert model.name == "tiny-judge"
+
+
+def test_a_pair_that_the_judge_would_drop_is_found_before(model_folder: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "dropping"
+    shutil.copytree(model_folder, folder)
+    settings = json.loads((folder / "gram.json").read_text())
+    (folder / "gram.json").write_text(json.dumps(settings | {"overlong": "drop"}))
+    model = load_model(Args(model=str(folder)), device="cpu")
+    short, long = (PROMPT, "yes", "no"), (PROMPT, "yes " * 400, "no")
+    costs = model.costs([short, long, short])
+    assert costs[0] is not None and costs[1] is None and costs[2] == 2
+
+
+def test_a_discriminative_reward_model_is_recognised_and_served(tmp_path: Path) -> None:
+    tokenizer = tiny_tokenizer()
+    config = LlamaConfig(
+        **tiny_model().config.to_dict() | {"num_labels": 1, "pad_token_id": tokenizer.pad_token_id}
+    )
+    LlamaForSequenceClassification(config).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    RewardSettings(max_length=256).save(tmp_path)
+    args = Args(model=str(tmp_path))
+    model = load_model(args, device="cpu")
+    pairs = [(PROMPT, ANSWERS[0], ANSWERS[1]), (PROMPT, ANSWERS[1], ANSWERS[2])]
+    assert model.compare(pairs) == DiscriminativeScorer.from_pretrained(tmp_path).compare(pairs)
+    first, second = model.costs(pairs)
+    assert first is not None and second is not None and 1 < second < first
+    with pytest.raises(
+        ValueError, match="`dtype` is 'bf16'; a discriminative reward model takes 'saved' only"
+    ):
+        load_model(Args(model=str(tmp_path), dtype="bf16"), device="cpu")
 
 
 # ---------------------------------------------------------------- with Ray Serve

@@ -36,11 +36,13 @@ class LengthJudge:
         return [read_out(len(a) - len(b) + self.bias, len(b) - len(a) + self.bias) for _, a, b in pairs]
 
 
+def costs(pairs: Sequence[Pair]) -> list[int | None]:
+    return [None if "too long" in pair[0] else sum(map(len, pair)) for pair in pairs]
+
+
 def make_client(judge: LengthJudge, **limits: Any) -> TestClient:
     args = Args(model="unused", **limits)
-    model = LoadedModel(
-        judge.compare, lambda pair: None if "too long" in pair[0] else sum(map(len, pair)), "tiny", "r1"
-    )
+    model = LoadedModel(judge.compare, costs, "tiny", "r1")
     return TestClient(gram_app(GramService(model, args), args))
 
 
@@ -224,11 +226,14 @@ INVALID: list[tuple[str, Any, str, str]] = [
     ),
     ("/rank", RANK | {"method": "reference"}, "reference", "is missing; method 'reference' needs it"),
     ("/rank", RANK | {"reference": "r"}, "reference", "goes with method 'reference' only"),
-    (
-        "/compare",
-        PAIR | {"prompt": "too long"},
-        "body",
-        "holds a prompt with two answers that are too long for the model; shorten them",
+    *(
+        (
+            path,
+            request | {"prompt": "too long"},
+            "body",
+            "holds a prompt with two answers that are too long for the model; shorten them",
+        )
+        for path, request in [("/compare", PAIR), ("/rank", RANK)]
     ),
 ]
 
@@ -412,5 +417,5 @@ def test_the_openapi_document_describes_requests_errors_and_examples(client: Tes
 
 
 def test_a_limit_that_no_ranking_could_meet_is_refused() -> None:
-    with pytest.raises(ValueError, match="may need 2016 comparisons and could never be admitted"):
+    with pytest.raises(ValueError, match="may need 496 comparisons and could never be admitted"):
         Args(model="m", max_pending=100)

@@ -1,0 +1,1 @@
+"""Speed and memory benchmarks, each run from the root of the repository: `python -m benchmarks.NAME [--quick]`."""
