@@ -90,13 +90,14 @@ def prepare(*, folder: Path, size: Size) -> None:
     structure = len(JudgeEncoder(words.tokenizer, template).encode("", "", "") or [])
     part = (size.tokens - structure) // 3
     rng = random.Random(0)
-    with (folder / "pairs.jsonl").open("w", encoding="utf-8") as file:
-        for _ in range(2 * size.batch * (size.left_out + size.steps)):
-            row = {name: words.text(part, rng) for name in ("prompt", "chosen", "rejected")}
-            file.write(json.dumps(row) + "\n")
+    for name, pairs in (("train", size.batch * (size.left_out + size.steps)), ("eval", size.batch)):
+        with (folder / f"{name}.jsonl").open("w", encoding="utf-8") as file:
+            for _ in range(pairs):
+                row = {text: words.text(part, rng) for text in ("prompt", "chosen", "rejected")}
+                file.write(json.dumps(row) + "\n")
 
 
-def ours(*, folder: Path, run: str, size: Size, threads: int) -> Timing:
+def ours(*, folder: Path, run: str, size: Size) -> Timing:
     """The job itself, in a run folder of its own."""
     from eagleray.jobs.gram import finetune
     from eagleray.platform.config import validate_config
@@ -106,9 +107,11 @@ def ours(*, folder: Path, run: str, size: Size, threads: int) -> Timing:
         finetune.Config,
         {
             "model": {"path": str(folder / "model")},
-            "data": {"train": {"sources": [{"path": str(folder / "pairs.jsonl")}]}, "eval_fraction": 0.01},
+            "data": {
+                part: {"sources": [{"path": str(folder / f"{part}.jsonl")}]} for part in ("train", "eval")
+            },
             "run": {"dir": str(folder / run)},
-            "ray": {"num_workers": 1, "cpus_per_worker": threads, "use_gpu": False},
+            "ray": {"num_workers": 1, "cpus_per_worker": torch.get_num_threads(), "use_gpu": False},
             "train": {
                 "batch_size": size.batch,
                 "micro_batch_size": size.batch,
@@ -123,10 +126,7 @@ def ours(*, folder: Path, run: str, size: Size, threads: int) -> Timing:
     finetune.main(config)
     lines = [json.loads(line) for line in (folder / run / "metrics.jsonl").read_text().splitlines()]
     train = [line for line in lines if line["kind"] == "train"]
-    tokens, batches = [], _batches(folder / run / "data", size)
-    for ids_BT, mask_BT, _ in batches[:steps]:
-        assert ids_BT.shape == mask_BT.shape
-        tokens.append(int(mask_BT.sum()))
+    tokens = [int(mask_BT.sum()) for _, mask_BT, _ in _batches(folder / run / "data", size)]
     return _timing([line["time"] for line in train], tokens, train[0]["loss"], size.left_out)
 
 
@@ -142,7 +142,7 @@ def bare(*, folder: Path, data: str, size: Size) -> Timing:
     schedule = get_scheduler(
         "cosine", optimizer, num_warmup_steps=round(0.1 * steps), num_training_steps=steps
     )
-    batches = _batches(folder / data, size)[:steps]
+    batches = _batches(folder / data, size)
     marks, first_loss = [], 0.0
     for step, (ids_BT, mask_BT, labels_B) in enumerate(batches):
         logits_B2 = label_logits(model, ids_BT, mask_BT, label_ids)
@@ -223,8 +223,7 @@ def main() -> None:
 
         def run_ours() -> Timing:
             runs.append(f"run-{len(runs)}")
-            arguments: dict[str, Any] = {"folder": folder, "run": runs[-1], "size": size}
-            return in_fresh_process(_with_threads, threads=threads, count=threads, **arguments)
+            return in_fresh_process(ours, threads=threads, folder=folder, run=runs[-1], size=size)
 
         def run_other(function: Callable[..., Timing]) -> Callable[[], Timing]:
             # The first run of ours has written the rows that all others read.
@@ -266,10 +265,6 @@ def main() -> None:
         tokens_per_s=rates,
         median_step_s=steps,
     )
-
-
-def _with_threads(*, count: int, **arguments: Any) -> Timing:
-    return ours(threads=count, **arguments)
 
 
 def _batches(data: Path, size: Size) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:

@@ -270,7 +270,9 @@ def _side_process(
     pipe: Connection, build: Callable[..., Callable[..., Any]], arguments: dict[str, Any], threads: int
 ) -> None:
     import torch
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()
     torch.set_num_threads(threads)
     baseline = resident_bytes()
 

@@ -94,6 +94,34 @@ def sweep(
     typer.echo(f"{done.table}\nTrain the best with: eagleray train {done.best}")
 
 
+@app.command("serve")
+def serve(
+    settings: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="KIND=FOLDER [KIND.KEY=VALUE]...", help="e.g. gram=runs/demo/model gram.max_responses=16"
+        ),
+    ],
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port; 0 takes a free one.")] = 8000,
+    address: Annotated[
+        str | None, typer.Option(help="Running Ray cluster; default: a private local one.")
+    ] = None,
+    print_yaml: Annotated[
+        bool, typer.Option("--print-yaml", help="Print the file for `serve deploy` and stop.")
+    ] = False,
+    insecure_bind: Annotated[
+        bool, typer.Option("--insecure-bind", help="Allow a host that other machines can reach.")
+    ] = False,
+) -> None:
+    """Serve a model over HTTP on this machine until Ctrl-C."""
+    from eagleray.jobs.serve import serve_models  # Ray and torch load only here
+
+    serve_models(
+        settings, host=host, port=port, address=address, print_yaml=print_yaml, insecure_bind=insecure_bind
+    )
+
+
 @config_app.command("show")
 def config_show(config: ConfigFile, overrides: Overrides = None) -> None:
     """Print every key of the resolved config with its value, where the value comes from and what it means."""

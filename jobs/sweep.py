@@ -41,7 +41,7 @@ from eagleray.platform.tuning import (
     SearchName,
     Space,
     SweepPlan,
-    check_scheduler,
+    build_scheduler,
     check_space,
     number_of_trials,
     run_trials,
@@ -191,7 +191,7 @@ def _plan(cfg: Config) -> SweepPlan:
             "Leave `train.metric` out: a trial should keep the model that the sweep judges it by."
         )
     check_space(space, job.Config, values, search=cfg.chosen_search)
-    check_scheduler(cfg.scheduler, base.train)
+    build_scheduler(cfg.scheduler, base.train)  # refuses what it cannot work with, before anything starts
     samples = 1 if cfg.chosen_search == "grid" else cfg.num_samples or _RANDOM_SAMPLES
     return SweepPlan(
         main=job.main,
@@ -220,6 +220,7 @@ def _sweep(plan: SweepPlan, cfg: Config, run: RunFolder) -> SweptRun:
         if trial.status == "failed":
             logger.warning("Trial %s failed: %s", trial.name, trial.error)
     results = rank_points(trials, plan.space)
+    _tell_ties(results, plan.space)
     table = _write_results(plan, cfg, run, trials, results)
     return SweptRun(run.path, table, _write_best(plan, cfg, run, results[0]))
 
@@ -238,6 +239,15 @@ def _concurrency(plan: SweepPlan, cfg: Config) -> int:
     if chosen > fits:
         logger.warning("`max_concurrent` is %d; trials beyond %d wait for the cluster to grow.", chosen, fits)
     return chosen
+
+
+def _tell_ties(results: list[PointResult], space: Space) -> None:
+    best = results[0].metrics[space.metric]
+    tied = sum(r.status == "finished" and r.metrics.get(space.metric) == best for r in results)
+    if tied > 1:
+        logger.warning(
+            "%d points share the best %s, %g; the first of them is taken.", tied, space.metric, best
+        )
 
 
 def _write_results(

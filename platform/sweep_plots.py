@@ -48,6 +48,7 @@ def plot_by_value(
         if cut:
             axes.plot([r.point[key] for r in cut], [r.metrics[name] for r in cut], **_STOPPED)
             axes.legend(fontsize="small")
+        axes.ticklabel_format(useOffset=False)
         axes.set_xlabel(key)
         axes.set_ylabel(name)
         axes.grid(alpha=0.3)

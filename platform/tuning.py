@@ -48,6 +48,9 @@ SEED_KEY = "train.seed"
 _HALVE = 2
 """ASHA: share of the trials that go on from one look to the next is one in this many."""
 
+_MANY_LOOKS = 10_000
+"""ASHA: bound on the evaluations of a run that depend on the data."""
+
 _TUNE_SETTINGS = {
     # Ctrl-C ends the sweep like any run; Tune would swallow it and hand back half a sweep as a whole one.
     "TUNE_DISABLE_SIGINT_HANDLER": "1",
@@ -141,17 +144,28 @@ def check_space(space: Space, cls: type[C], config: dict[str, Any], *, search: S
             trial_config(cls, config, {**first, key: value}, source=source)
 
 
-def check_scheduler(scheduler: SchedulerName, train: TrainSection) -> None:
-    """Refuse a scheduler that would have nothing to decide by.
+def build_scheduler(name: SchedulerName, train: TrainSection) -> TrialScheduler | None:
+    """The Tune scheduler of a sweep whose runs have this `train` section.
 
     Raises:
-        ConfigError: A run has a single evaluation.
+        ConfigError: A run has a single evaluation, so that there is nothing to decide by.
     """
-    if scheduler == "asha" and evaluations(train) == 1:
+    if name == "none":
+        return None
+    looks = evaluations(train)
+    if looks == 1:
         raise ConfigError(
             "`scheduler` is asha, which compares trials at their evaluations, but a run of this config has only "
             "one, at its end. Lower `train.eval_every`, or use `scheduler` none."
         )
+    return ASHAScheduler(
+        time_attr="training_iteration",  # counts reports, and a run reports its evaluations
+        grace_period=1,
+        reduction_factor=_HALVE,
+        # No look at the last evaluation: stopping a run that is about to end saves nothing and loses its report.
+        max_t=_MANY_LOOKS if looks is None else looks - 1,
+        stop_last_trials=False,
+    )
 
 
 def trial_config(cls: type[C], config: Mapping[str, Any], point: Mapping[str, Any], *, source: str) -> C:
@@ -216,7 +230,7 @@ def run_trials(plan: SweepPlan, folder: Path, *, max_concurrent: int) -> list[Tr
         tune_config=tune.TuneConfig(
             metric=plan.space.metric,
             mode=plan.space.mode,
-            scheduler=_scheduler(plan),
+            scheduler=build_scheduler(plan.scheduler, _train_section(plan)),
             **_search_options(plan, max_concurrent),
             trial_name_creator=_trial_name(plan),
             trial_dirname_creator=_trial_name(plan),
@@ -229,10 +243,8 @@ def run_trials(plan: SweepPlan, folder: Path, *, max_concurrent: int) -> list[Tr
         ),
     )
     with _quiet_tune():
-        try:
-            results = tuner.fit()
-        finally:
-            leftovers.settle()
+        results = tuner.fit()
+    leftovers.settle()
     outcomes = [_outcome(trials_dir, result) for result in results]
     for outcome in outcomes:
         _wait_until_ended(outcome.path)
@@ -276,19 +288,8 @@ def _search_options(plan: SweepPlan, max_concurrent: int) -> dict[str, Any]:
     return {**options, "search_alg": search}
 
 
-def _scheduler(plan: SweepPlan) -> TrialScheduler | None:
-    if plan.scheduler == "none":
-        return None
-    looks = evaluations(plan.config_class.model_validate(plan.config).train)
-    # No look at the last evaluation: stopping a run that is about to end saves nothing and loses its report.
-    last_look = 10_000 if looks is None else looks - 1
-    return ASHAScheduler(
-        time_attr="training_iteration",  # counts reports, and a run reports its evaluations
-        max_t=last_look,
-        grace_period=1,
-        reduction_factor=_HALVE,
-        stop_last_trials=False,
-    )
+def _train_section(plan: SweepPlan) -> TrainSection:
+    return validate_config(plan.config_class, plan.config, "trial").train
 
 
 def _trial_name(plan: SweepPlan) -> Callable[[Trial], str]:
