@@ -20,7 +20,13 @@ from rich.console import Console
 from rich.table import Table
 
 from eagleray.models.gram.baselines import BagOfWords, LongerAnswer
-from eagleray.models.gram.benchmarks import BENCHMARKS, benchmark_metrics, read_benchmark
+from eagleray.models.gram.benchmarks import (
+    BENCHMARKS,
+    BenchmarkPair,
+    benchmark_metrics,
+    check_benchmark,
+    read_benchmark,
+)
 from eagleray.models.gram.discriminative import DiscriminativeScorer
 from eagleray.models.gram.judge import Comparison, Judge, Pair
 from eagleray.models.gram.metrics import evaluate_comparisons, paired_difference
@@ -74,6 +80,8 @@ class EvaluationSet(Section):
     """Name of a benchmark, which says how rows are read and which metrics it has."""
     source: SourceConfig | None = None
     """File of the benchmark."""
+    group: str | None = None
+    """Category or subset of the rows, for files that do not name it."""
     options: dict[str, Any] = Field(default={})
     """Of the benchmark's metrics, e.g. `reasoning_weighting: pooled`."""
 
@@ -109,7 +117,7 @@ class LoadedSet:
     pairs: list[Pair]
     ids: list[str]
     hashes: dict[str, str]
-    benchmark_pairs: list[Any] = field(default_factory=list)
+    benchmark_pairs: list[BenchmarkPair] = field(default_factory=list)
 
 
 def main(cfg: Config) -> dict[str, Any]:
@@ -197,15 +205,15 @@ def _load_set(section: EvaluationSet) -> LoadedSet:
         pairs = [(p.prompt_text, p.chosen, p.rejected) for p in preferences]
         return LoadedSet(pairs, [p.id for p in preferences], report.hashes)
     assert section.benchmark and section.source
-    rows = []
+    found: list[BenchmarkPair] = []
     for row in read_rows(section.source):
         if isinstance(row, DataError):
             raise row
-        rows.append(row)
-    try:
-        found = read_benchmark(section.benchmark, [row.values for row in rows])
-    except ValueError as error:
-        raise DataError(section.source.path, f"not a file of {section.benchmark}", str(error)) from error
+        try:
+            found += read_benchmark(section.benchmark, [row.values], group=section.group)
+        except ValueError as error:
+            raise DataError(row.where, f"not a row of {section.benchmark}", str(error)) from error
+    check_benchmark(section.benchmark, found)
     pairs = [(p.prompt, p.chosen, p.rejected) for p in found]
     return LoadedSet(pairs, [p.id for p in found], file_hashes(section.source), found)
 
