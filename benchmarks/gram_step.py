@@ -9,7 +9,9 @@ side, so the ratio is the gain of not making the logits, and nothing besides. Th
 
 - `speedup`: steps per second, ours over the other.
 - `memory`: peak resident memory of the process minus that before the model was made, ours over the other; so
-  weights, gradients, both moments of AdamW and all activations count. Each side has a process of its own.
+  weights, gradients, both moments of AdamW and all activations count. Measured in further processes, one a side,
+  where freed blocks return to the system at once, over three steps. The peaks of the timed processes, where the
+  holes in glibc's heap come on top (on both sides, and more with every step), are `peak_bytes_with_heap`.
 - `mfu`: model FLOPs of our step over its time times the matmul peak of the same round. Counted: 6 FLOPs for
   each weight of the blocks' linear layers and each position (2 forward, 4 backward), attention at its causal
   half (T(T+1)/2 scores a head, two products forward, four backward), the two head rows at the label positions.
@@ -76,10 +78,12 @@ def build_step(*, narrow: bool, size: Size) -> Callable[[], tuple[float, float]]
     def step() -> tuple[float, float]:
         _synchronize()
         started = time.perf_counter()
+        outputs = None  # as in an ordinary loop, where they stay in scope until the step is over
         if narrow:
             logits_B2 = label_logits(model, ids_BT, mask_BT, LABEL_IDS)
         else:
-            logits_B2 = model(input_ids=ids_BT, use_cache=False).logits[:, -1, list(LABEL_IDS)]
+            outputs = model(input_ids=ids_BT, use_cache=False)
+            logits_B2 = outputs.logits[:, -1, list(LABEL_IDS)]
         loss = pair_logit_loss(logits_B2, labels_B, smoothing=0.1)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -129,7 +133,8 @@ def main() -> None:
         if abs(our_loss - full_loss) > (1e-5 if machine["gpu"] is None else 1e-2):
             raise AssertionError(f"the sides compute different losses: {our_loss} and {full_loss}")
         results = interleave(sides, rounds=rounds, seconds=160)
-        memory = {"ours": ours.peak_memory(), "full": full.peak_memory()}
+        with_heap = {"ours": ours.peak_memory(), "full": full.peak_memory()}
+    memory = {name: _exact_peak(options.threads, narrow=name == "ours", size=size) for name in with_heap}
     seconds = {name: [reading[0] for reading in results[name]] for name in ("ours", "full")}
     flops = step_flops(size, mlp_width=mlp_width)
     rates = [flops / value for value in seconds["ours"]]
@@ -171,8 +176,16 @@ def main() -> None:
         step_flops=flops,
         step_s=seconds,
         peak_bytes=memory,
+        peak_bytes_with_heap=with_heap,
         matmul_flops_per_s=results["matmul"],
     )
+
+
+def _exact_peak(threads: int, *, narrow: bool, size: Size) -> int:
+    with Side(build_step, threads=threads, exact_memory=True, narrow=narrow, size=size) as side:
+        for _ in range(3):
+            side()
+        return side.peak_memory()
 
 
 def _device() -> tuple[torch.device, torch.dtype]:

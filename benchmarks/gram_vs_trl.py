@@ -28,6 +28,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -289,7 +290,7 @@ def _batches(data: Path, size: Size) -> list[tuple[torch.Tensor, torch.Tensor, t
 def _timing(marks: list[float], tokens: list[int], first_loss: float, left_out: int) -> Timing:
     """Marks are the times at which steps ended; the first `left_out` steps do not count."""
     marks, tokens = marks[left_out - 1 :], tokens[left_out:]
-    seconds = [after - before for before, after in zip(marks, marks[1:], strict=False)]
+    seconds = [after - before for before, after in pairwise(marks)]
     return Timing(seconds, sum(tokens[: len(seconds)]) / sum(seconds), first_loss)
 
 

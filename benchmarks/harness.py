@@ -19,13 +19,14 @@ import random
 import sys
 import time
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import metadata
 from multiprocessing.connection import Connection
 from pathlib import Path
 from statistics import median
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 from rich.console import Console
 from rich.table import Table
@@ -74,13 +75,24 @@ class Side:
         build: Importable top-level function; called once in the new process, returns what a round calls.
         arguments: Keyword arguments of `build`; they and all results travel between processes.
         threads: Threads of torch in the process.
+        exact_memory: Have glibc map every block of a mebibyte or more on its own and return it when it is freed.
+            The peak is then that of what is alive, without the holes in the heap, which differ from run to run;
+            it costs time.
     """
 
-    def __init__(self, build: Callable[..., Callable[..., Any]], *, threads: int, **arguments: Any) -> None:
+    def __init__(
+        self,
+        build: Callable[..., Callable[..., Any]],
+        *,
+        threads: int,
+        exact_memory: bool = False,
+        **arguments: Any,
+    ) -> None:
         context = multiprocessing.get_context("spawn")
         self._pipe, theirs = context.Pipe()
         self._process = context.Process(target=_side_process, args=(theirs, build, arguments, threads))
-        self._process.start()
+        with _environment({"MALLOC_MMAP_THRESHOLD_": str(2**20)} if exact_memory else {}):
+            self._process.start()
         theirs.close()
         try:
             self._answer()
@@ -88,7 +100,7 @@ class Side:
             self.close()
             raise
 
-    def __enter__(self) -> Side:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *exc: object) -> None:
@@ -172,7 +184,8 @@ def describe_machine(threads: int) -> dict[str, Any]:
     import torch
 
     model = next(
-        (line.partition(":")[2].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")), ""
+        (line.partition(":")[2].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")),
+        "",
     )
     return {
         "cpu": model or platform.processor(),
@@ -197,7 +210,9 @@ def start(description: str, *, use_gpu: bool) -> tuple[Options, dict[str, Any]]:
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--quick", action="store_true", help="tiny sizes: shows that it runs, no more")
-    parser.add_argument("--threads", type=int, default=cores, help="threads of each side (default: all cores)")
+    parser.add_argument(
+        "--threads", type=int, default=cores, help="threads of each side (default: all cores)"
+    )
     options = Options(**vars(parser.parse_args()))
     if not 1 <= options.threads <= cores:
         parser.error(f"--threads is {options.threads}; this process may use 1 to {cores} cores")
@@ -290,8 +305,23 @@ def _side_process(
             except EOFError:
                 return
             pipe.send((False, peak() if command == "memory" else step(*args)))
-    except Exception:
+    except Exception:  # noqa: BLE001 - whatever it is, the other process raises it
         pipe.send((True, traceback.format_exc()))
+
+
+@contextmanager
+def _environment(variables: Mapping[str, str]) -> Iterator[None]:
+    """Variables that processes started inside the block inherit."""
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
 
 
 def _once(function: Callable[..., Any], arguments: dict[str, Any]) -> Callable[[], Any]:

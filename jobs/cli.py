@@ -90,7 +90,8 @@ def sweep(
 
     options = {"search": search, "scheduler": scheduler, "num_samples": num_samples}
     options |= {"max_concurrent": max_concurrent, "seeds": parse_seeds(seeds)}
-    done = main(sweep_config(space, config, overrides or [], **options))
+    with clean_exit():  # inside, because typer ends on Ctrl-C without a word
+        done = main(sweep_config(space, config, overrides or [], **options))
     typer.echo(f"{done.table}\nTrain the best with: eagleray train {done.best}")
 
 

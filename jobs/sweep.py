@@ -210,7 +210,7 @@ def _sweep(plan: SweepPlan, cfg: Config, run: RunFolder) -> SweptRun:
         raise ConfigError(
             f"{run.path} holds the trials of an earlier attempt, and a sweep cannot be resumed. Set another `run.dir`."
         )
-    run.update_manifest(seeds={SEED_KEY: list(plan.seeds), "search": plan.seeds[0]})
+    run.update_manifest(seeds={"sweep": list(plan.seeds)})
     with connected(cfg.ray):
         check_placement(cfg.ray)
         outcomes = run_trials(plan, run.path, max_concurrent=_concurrency(plan, cfg))

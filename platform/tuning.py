@@ -255,6 +255,9 @@ def _trial_function(plan: SweepPlan, trials_dir: Path, working_dir: Path) -> Cal
     def trial(point: dict[str, Any]) -> None:
         from ray.tune.integration.ray_train import TuneReportCallback
 
+        from transformers.utils import logging as transformers_logging
+
+        transformers_logging.disable_progress_bar()  # bars of several trials at once say nothing
         # Tune starts trials in folders of their own; relative paths in the config mean where the sweep started.
         with contextlib.suppress(OSError):
             os.chdir(working_dir)

@@ -177,9 +177,32 @@ class DiscriminativeScorer:
 
 
 def _load_classifier(path: str, pad_id: int) -> Any:
-    options: dict[str, Any] = {"num_labels": 1, "pad_token_id": pad_id, "use_safetensors": True}
-    if not (Path(path) / "adapter_config.json").is_file():
-        return AutoModelForSequenceClassification.from_pretrained(path, dtype="auto", **options)
-    base: Any = PeftConfig.from_pretrained(path).base_model_name_or_path
-    model = AutoModelForSequenceClassification.from_pretrained(base, dtype="auto", **options)
-    return PeftModel.from_pretrained(model, path).merge_and_unload()
+    if _find(path, "adapter_config.json") is None:
+        return _classifier(path, pad_id, head_needed=True)
+    # The base of an adapter is a plain language model; the trained head is in the adapter.
+    base = _classifier(str(PeftConfig.from_pretrained(path).base_model_name_or_path), pad_id, head_needed=False)
+    model = PeftModel.from_pretrained(base, path)
+    if not any(name.rpartition(".")[0].endswith(("score", "classifier")) for name in load_peft_weights(path, device="cpu")):
+        raise ValueError(_NO_HEAD.format(path=path, what="adapter"))
+    return model.merge_and_unload()
+
+
+def _classifier(path: str, pad_id: int, *, head_needed: bool) -> Any:
+    """A model with a scalar head; transformers alone would give a model without one a random head."""
+    model, loading = AutoModelForSequenceClassification.from_pretrained(
+        path, num_labels=1, pad_token_id=pad_id, dtype="auto", use_safetensors=True, output_loading_info=True
+    )
+    if head_needed and loading["missing_keys"]:
+        raise ValueError(_NO_HEAD.format(path=path, what="model"))
+    return model
+
+
+_NO_HEAD = (
+    "{path}: the {what} holds no trained reward head, so its scores would be random. Give one trained as a reward "
+    "model (`eagleray train configs/gram/discriminative_tiny.yaml`), or use a language model as a judge instead."
+)
+
+
+def _find(path: str, name: str) -> str | None:
+    """A file of a model folder or hub repository, if it is there."""
+    return cached_file(path, name, _raise_exceptions_for_missing_entries=False)

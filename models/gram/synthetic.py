@@ -1,14 +1,12 @@
 """Generated preference pairs with a known rule, unlabelled pairs, and plain text from the same grammar.
 
-The rule: *the better answer answers the question that was asked; the worse one answers another question about the
-same thing.* ("Where is the lamp?" — "It stands near the river." against "It is made of brass.") Both answers of a
-pair are drawn from one distribution over kinds of answer, wordings, styles and lengths, so an answer on its own says
-nothing about its label: the longer answer and any bag of words of the answers are at chance, and only a model that
-matches answer and question can do better. Which answer goes with which question is something a language model of a
-few layers learns by predicting the next token; a judge has to bring it to bear on two answers at once.
+The rule: *the better answer gives its three steps in order; the worse one gives them out of order.* Requests, steps,
+openings and endings of both answers come from the same distributions, so neither length nor words nor word pairs tell
+the answers apart: the longer answer and a bag of words are at chance. A transformer of two layers learns to look for
+what stands before "First" within a few hundred steps, because the two answers of a pair can be told apart by either.
 
-Everything is a pure function of its arguments. A request belongs to exactly one of train, dev and test by a hash
-of its text, whatever the seed.
+Everything is a pure function of its arguments. A request belongs to exactly one of train, dev and test by a hash of
+its text, whatever the seed.
 """
 
 from __future__ import annotations
@@ -16,93 +14,85 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from random import Random
 from typing import Any, Literal
 
-from eagleray.models.gram.judge import Comparison, read_out
+from eagleray.models.gram.judge import Comparison, Pair, read_out
 
 Split = Literal["train", "dev", "test"]
 
+MARKERS = (("First,", "To begin,"), ("Then,", "After that,"), ("Finally,", "At the end,"))
+"""Wordings of each position of a step."""
 
-@dataclass(frozen=True)
-class Kind:
-    """One kind of question: how it is asked, how it is answered, and the values that its answers give."""
-
-    questions: tuple[str, ...]
-    answers: tuple[str, ...]
-    values: tuple[str, ...]
-
-
-KINDS = {
-    "colour": Kind(
-        ("What colour is {thing}?", "Which colour does {thing} have?", "Can you name the colour of {thing}?"),
-        (
-            "{it} is {value}.",
-            "{it} is painted {value}.",
-            "The colour is {value}.",
-            "I would call it {value}.",
-        ),
-        tuple(["red", "blue", "green", "yellow", "black", "white", "grey", "brown", "purple", "orange", "pink", "golden"]),
-    ),
-    "place": Kind(
-        ("Where is {thing}?", "Where can I find {thing}?", "In which place is {thing} kept?"),
-        (
-            "{it} stands near the {value}.",
-            "Look near the {value}.",
-            "{it} is kept at the {value}.",
-            "Go to the {value}.",
-        ),
-        tuple(["river", "church", "market", "harbour", "station", "bridge", "school", "mill", "park", "inn", "library", "farm"]),
-    ),
-    "owner": Kind(
-        ("Who owns {thing}?", "Whose is {thing}?", "To whom does {thing} belong?"),
-        (
-            "{it} belongs to {value}.",
-            "The owner is {value}.",
-            "{value} owns it.",
-            "Ask {value}, who owns it.",
-        ),
-        tuple(["Anna", "Ben", "Clara", "David", "Emma", "Frank", "Grace", "Henry", "Ida", "Jacob", "Karen", "Leo"]),
-    ),
-    "price": Kind(
-        ("How much is {thing}?", "What does {thing} cost?", "What is the price of {thing}?"),
-        (
-            "{it} costs {value} coins.",
-            "The price is {value} coins.",
-            "You pay {value} coins.",
-            "They ask {value} coins.",
-        ),
-        tuple(["two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve", "twenty"]),
-    ),
-    "material": Kind(
-        ("What is {thing} made of?", "Which material is {thing} made from?", "Of what stuff is {thing}?"),
-        (
-            "{it} is made of {value}.",
-            "The maker used {value}.",
-            "{it} is solid {value}.",
-            "The stuff is {value}.",
-        ),
-        tuple(["wood", "iron", "glass", "brass", "stone", "clay", "paper", "leather", "silver", "wool", "copper", "marble"]),
-    ),
-    "time": Kind(
-        ("When was {thing} bought?", "When did {thing} come here?", "Since when do we have {thing}?"),
-        (
-            "{it} came in {value}.",
-            "{it} was bought in {value}.",
-            "We have it since {value}.",
-            "That was in {value}.",
-        ),
-        tuple(["spring", "summer", "autumn", "winter", "January", "March", "April", "June", "July", "August", "October", "December"]),
-    ),
+_GREETINGS = ("", "Hello. ", "Please. ", "One question. ")
+_QUESTIONS = (
+    "How do I {verb} the {adjective} {thing}?",
+    "Tell me how to {verb} the {adjective} {thing}.",
+    "What are the steps to {verb} the {adjective} {thing}?",
+    "I want to {verb} the {adjective} {thing}. What should I do?",
+    "Can you explain how to {verb} the {adjective} {thing}?",
+    "Help me {verb} the {adjective} {thing}.",
+)
+_OPENINGS = (
+    "You need the {thing}.",
+    "It is easier with the {thing}.",
+    "Do not forget the {thing}.",
+    "Find the {thing}.",
+)
+_ENDINGS = (
+    "Mind the {thing}.",
+    "Keep the {thing}.",
+    "Put away the {thing}.",
+    "Thank the owner of the {thing}.",
+)
+_WORDS = {
+    "verb": ["fix", "clean", "paint", "carry", "build", "open", "repair", "move", "pack", "wash"],
+    "adjective": ["old", "small", "wooden", "heavy", "new", "broken", "green", "dusty", "round", "good"],
+    "thing": [
+        "door",
+        "wall",
+        "tree",
+        "cart",
+        "shelf",
+        "lamp",
+        "coat",
+        "stove",
+        "bag",
+        "table",
+        "horse",
+        "knife",
+        "boat",
+        "rope",
+        "cloth",
+        "box",
+        "wheel",
+        "lid",
+        "floor",
+        "plank",
+        "cup",
+        "valve",
+        "board",
+        "chair",
+    ],
+    "action": [
+        "warm",
+        "cut",
+        "fold",
+        "turn",
+        "press",
+        "tie",
+        "wipe",
+        "lift",
+        "fill",
+        "check",
+        "close",
+        "stir",
+        "count",
+        "dry",
+        "measure",
+        "hold",
+    ],
 }
-
-_THINGS = ["lamp", "chair", "table", "boat", "clock", "mirror", "basket", "kettle", "ladder", "carpet", "piano", "violin", "drum", "bicycle", "cart", "wagon", "bench", "bottle", "blanket", "pillow", "hammer", "shovel", "bucket", "candle", "painting", "statue", "vase", "cup", "bowl", "plate", "knife", "spoon", "hat", "coat", "scarf", "umbrella", "box", "chest", "door", "gate"]
-_ADJECTIVES = ["old", "new", "small", "large", "heavy", "broken", "round", "pretty"]
-_GREETINGS = ("", "", "", "Hello. ", "Please. ")
-_OPENINGS = ("", "", "", "Well, ", "Sure, ")
-_CLOSINGS = ("", "", "", " I think.", " That is all.", " Really.")
-_MAX_STATEMENTS = 2
 
 
 def make_preferences(
@@ -142,13 +132,12 @@ def make_unlabelled(n: int, seed: int, *, split: Split = "train") -> list[dict[s
 
 
 def make_corpus(n_chars: int, seed: int) -> str:
-    """Exactly `n_chars` characters of plain text: requests of the train part, each followed by a fitting answer."""
+    """Exactly `n_chars` characters of plain text: requests of the train part, each followed by a good answer."""
     rng = Random(f"corpus {seed}")
     pieces: list[str] = []
     length = 0
     while length < n_chars:
-        request, answer, _ = next(_triples(rng, "train"))
-        pieces.append(f"{request}\n{answer}\n\n")
+        pieces.append(f"{_request(rng, 'train')}\n{_answer(rng, (0, 1, 2))}\n\n")
         length += len(pieces[-1])
     return "".join(pieces)[:n_chars]
 
@@ -156,21 +145,16 @@ def make_corpus(n_chars: int, seed: int) -> str:
 class RuleJudge:
     """The perfect judge: a pair scorer that knows the rule. Its accuracy is the ceiling, `1 - label_noise`."""
 
-    certainty = 20.0
-    """|Z_a - Z_b| of a pair that the rule decides."""
-
-    def compare(self, pairs: Sequence[tuple[str, str, str]]) -> list[Comparison]:
-        """All but certain about a pair of which exactly one answer fits the request, 0.5 otherwise."""
-        deltas = [self.certainty * (fits(prompt, a) - fits(prompt, b)) for prompt, a, b in pairs]
+    def compare(self, pairs: Sequence[Pair]) -> list[Comparison]:
+        """All but certain about a pair of which exactly one answer is in order, 0.5 otherwise."""
+        deltas = [20.0 * (in_order(first) - in_order(second)) for _, first, second in pairs]
         return [read_out(delta, -delta) for delta in deltas]
 
 
-def fits(request: str, answer: str) -> bool:
-    """Whether the answer is of the kind that the request asks for."""
-    (asked,) = (
-        name for name, kind in KINDS.items() if any(_pattern(q).search(request) for q in kind.questions)
-    )
-    return any(value in re.findall(r"\w+", answer) for value in KINDS[asked].values)
+def in_order(answer: str) -> bool:
+    """Whether the steps of an answer stand in their order."""
+    places = [min(answer.find(word) for word in words if word in answer) for words in MARKERS]
+    return places == sorted(places)
 
 
 def split_of(request: str) -> Split:
@@ -180,25 +164,27 @@ def split_of(request: str) -> Split:
 
 
 def _triples(rng: Random, split: Split) -> Iterator[tuple[str, str, str]]:
-    """Request, fitting answer, other answer."""
+    """Request, answer in order, answer out of order."""
     while True:
-        asked, other = rng.sample(sorted(KINDS), 2)
-        noun = rng.choice(_THINGS)
-        thing = f"the {rng.choice(_ADJECTIVES)} {noun}"
-        question = rng.choice(KINDS[asked].questions).format(thing=thing)
-        request = rng.choice(_GREETINGS) + question
-        worse = _answer(rng, KINDS[other], noun)
-        answers = _answer(rng, KINDS[asked], noun), worse
+        wrong = (0, 1, 2)
+        while wrong == (0, 1, 2):
+            wrong = tuple(rng.sample(range(3), 3))
+        yield _request(rng, split), _answer(rng, (0, 1, 2)), _answer(rng, wrong)
+
+
+def _request(rng: Random, split: Split) -> str:
+    while True:
+        request = _fill(rng, rng.choice(_GREETINGS) + rng.choice(_QUESTIONS))
         if split_of(request) == split:
-            yield request, *answers
+            return request
 
 
-def _answer(rng: Random, kind: Kind, noun: str) -> str:
-    sentences = []
-    for template in rng.sample(kind.answers, rng.randint(1, _MAX_STATEMENTS)):
-        sentences.append(template.format(it=rng.choice(("It", f"The {noun}")), value=rng.choice(kind.values)))
-    return rng.choice(_OPENINGS) + " ".join(sentences) + rng.choice(_CLOSINGS)
+def _answer(rng: Random, order: Sequence[int]) -> str:
+    # An opening and an ending always stand there, and all end with a thing as the steps do: otherwise the words
+    # before "First" and after the last step would give the order away.
+    steps = [_fill(rng, f"{rng.choice(MARKERS[place])} {{action}} the {{thing}}.") for place in order]
+    return " ".join([_fill(rng, rng.choice(_OPENINGS)), *steps, _fill(rng, rng.choice(_ENDINGS))])
 
 
-def _pattern(question: str) -> re.Pattern[str]:
-    return re.compile(re.escape(question).replace(re.escape("{thing}"), r"the \w+ \w+"))
+def _fill(rng: Random, template: str) -> str:
+    return re.sub(r"\{(\w+)\}", lambda slot: rng.choice(_WORDS[slot.group(1)]), template)

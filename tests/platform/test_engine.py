@@ -43,7 +43,10 @@ def test_offload() -> None:
     ("override", "message"),
     [
         ("deepspeed={offload_optimizer: true}", r"offload_optimizer` needs `deepspeed.zero_stage` 1, 2 or 3"),
-        ("deepspeed={zero_stage: 2, offload_params: true}", r"offload_params` needs `deepspeed.zero_stage` 3"),
+        (
+            "deepspeed={zero_stage: 2, offload_params: true}",
+            r"offload_params` needs `deepspeed.zero_stage` 3",
+        ),
         ("train.batch_size=12", r"is 12; it must be a multiple of .* = 1 x 8 = 8"),
     ],
 )

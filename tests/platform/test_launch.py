@@ -27,7 +27,11 @@ CLOCK = ("time", "tokens_per_s", "step_s")
 def _config(folder: Path, *overrides: str) -> pretrain.Config:
     corpus = folder / "corpus.txt"
     corpus.write_text(make_corpus(40_000, seed=0))
-    values = ["backbone={vocab_size: 400, width: 32, layers: 2, heads: 2}", f"data.paths=[{corpus}]", "block_length=32"]
+    values = [
+        "backbone={vocab_size: 400, width: 32, layers: 2, heads: 2}",
+        f"data.paths=[{corpus}]",
+        "block_length=32",
+    ]
     values += ["train={batch_size: 8, micro_batch_size: 4, max_steps: 30, eval_every: 5, log_every: 5}"]
     values += ["ray={num_workers: 2, max_failures: 1}", "optim.lr=0.003", "tracking.tensorboard=false"]
     return load_config(pretrain.Config, None, [*values, *overrides])
@@ -69,14 +73,18 @@ def test_killed_worker_changes_nothing(tmp_path: Path, monkeypatch: pytest.Monke
     for name, weight in load_file(hit.path / "model" / "model.safetensors").items():
         assert torch.equal(weight, weights[name]), name
     manifest = json.loads((whole.path / "manifest.json").read_text())
-    assert manifest["status"] == "finished" and list(manifest["data_hashes"]) == [str(tmp_path / "corpus.txt")]
+    assert manifest["status"] == "finished" and list(manifest["data_hashes"]) == [
+        str(tmp_path / "corpus.txt")
+    ]
 
 
 @pytest.mark.usefixtures("ray_cluster")
 def test_errors_of_workers_reach_the_user_and_the_run_resumes(tmp_path: Path) -> None:
     """A metric that does not exist fails at the first evaluation, with one clear line; the folder stays usable."""
     run_dir = f"run.dir={tmp_path / 'run'}"
-    with pytest.raises(TrainingError, match=r"`train.metric` is 'bleu'; this job evaluates: loss, perplexity") as caught:
+    with pytest.raises(
+        TrainingError, match=r"`train.metric` is 'bleu'; this job evaluates: loss, perplexity"
+    ) as caught:
         pretrain.main(_config(tmp_path, run_dir, "train.metric=bleu", "ray.max_failures=0"))
     assert "Resume with `run.dir=" in str(caught.value)
     assert json.loads((tmp_path / "run" / "manifest.json").read_text())["status"] == "failed"
@@ -87,7 +95,8 @@ def test_errors_of_workers_reach_the_user_and_the_run_resumes(tmp_path: Path) ->
 @pytest.mark.usefixtures("ray_cluster")
 def test_what_cannot_be_placed_is_refused(tmp_path: Path) -> None:
     with pytest.raises(
-        PlacementError, match=r"needs 9 worker\(s\) x 1 CPU; the cluster has 1 node\(s\) with 4 CPU .* at most 4"
+        PlacementError,
+        match=r"needs 9 worker\(s\) x 1 CPU; the cluster has 1 node\(s\) with 4 CPU .* at most 4",
     ):
         pretrain.main(_config(tmp_path, "ray.num_workers=9", "train.batch_size=36"))
     with pytest.raises(PlacementError, match=r"2 worker\(s\) x 1 CPU \+ 1 GPU; .* 0 GPU"):

@@ -100,7 +100,9 @@ def test_parity_with_trl(margin: bool, centring: float | None) -> None:
 def test_encoding_keeps_the_end_of_the_turn_and_of_the_prompt() -> None:
     tokenizer = tiny_tokenizer()
     encoder = RewardEncoder(tokenizer, max_length=64)
-    full = RewardEncoder(tokenizer, max_length=4000).encode("first words " * 40 + "last question?", "an answer")
+    full = RewardEncoder(tokenizer, max_length=4000).encode(
+        "first words " * 40 + "last question?", "an answer"
+    )
     short = encoder.encode("first words " * 40 + "last question?", "an answer")
     assert len(short) <= 64 < len(full)
     assert short[-1] == full[-1] == tokenizer.convert_tokens_to_ids("<|im_end|>")
@@ -135,9 +137,9 @@ def test_scores_do_not_depend_on_the_batch_and_survive_saving(tmp_path: Path) ->
     assert scorer.encoder.max_length == 128
     alone = [scorer.score([conversation])[0] for conversation in conversations]
     assert scorer.score(conversations) == pytest.approx(alone, abs=1e-5)
-    assert DiscriminativeScorer.from_pretrained(tmp_path, max_batch_tokens=1).score(conversations) == pytest.approx(
-        alone, abs=1e-5
-    )
+    assert DiscriminativeScorer.from_pretrained(tmp_path, max_batch_tokens=1).score(
+        conversations
+    ) == pytest.approx(alone, abs=1e-5)
     assert len(set(alone)) == 4
     (ab,), (ba,) = (scorer.compare([("q", *answers)]) for answers in (("x", "y y"), ("y y", "x")))
     assert ab.p_a == pytest.approx(1 - ba.p_a, abs=1e-12) and ab.consistent and ab.p_order1 == ab.p_order2

@@ -12,7 +12,12 @@ ANSWERS = ("The Ucayali {really}.\n\nIt is long }.", "Probably the Nile, says â€
 
 def test_stage_2_row_of_any_wording() -> None:
     template = JudgeTemplate(name="other", instruction="Some other judge text.\n\nOf two paragraphs.")
-    row = {"instruction": template.render("Name a river in Peru.", *ANSWERS), "input": "", "output": "B", "id": "7"}
+    row = {
+        "instruction": template.render("Name a river in Peru.", *ANSWERS),
+        "input": "",
+        "output": "B",
+        "id": "7",
+    }
     assert labelled_row(row) == {
         "id": "7",
         "prompt": "Name a river in Peru.",
@@ -37,7 +42,11 @@ def test_input_is_joined_by_a_line_break() -> None:
 def test_stray_chat_tokens_are_removed_and_nothing_else() -> None:
     user, assistant = render_pair("Write <b>|x|</b>.", "Done.<|im_end|>", "a <| b |> c")
     row = unlabelled_row({"instruction": user, "output": assistant})
-    assert (row["prompt"], row["response_a"], row["response_b"]) == ("Write <b>|x|</b>.", "Done.", "a <| b |> c")
+    assert (row["prompt"], row["response_a"], row["response_b"]) == (
+        "Write <b>|x|</b>.",
+        "Done.",
+        "a <| b |> c",
+    )
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,10 @@ from eagleray.platform.data.examples import Examples, write_examples
 
 
 def _rows(count: int) -> list[dict[str, Any]]:
-    return [{"id": f"ü{i}", "input_ids": list(range(i % 7)), "length": i % 7, "score": i / 2} for i in range(count)]
+    return [
+        {"id": f"ü{i}", "input_ids": list(range(i % 7)), "length": i % 7, "score": i / 2}
+        for i in range(count)
+    ]
 
 
 def test_round_trip_over_several_batches(tmp_path: Path) -> None:
@@ -23,7 +26,11 @@ def test_round_trip_over_several_batches(tmp_path: Path) -> None:
     for i in (0, 1023, 1024, 2499):
         row = examples[i]
         assert row["input_ids"].dtype == np.int32 and row["input_ids"].tolist() == rows[i]["input_ids"]
-        assert (row["id"], row["length"], row["score"]) == (rows[i]["id"], rows[i]["length"], rows[i]["score"])
+        assert (row["id"], row["length"], row["score"]) == (
+            rows[i]["id"],
+            rows[i]["length"],
+            rows[i]["score"],
+        )
     assert examples.column("length").tolist() == [row["length"] for row in rows]
 
 
