@@ -263,14 +263,16 @@ class MadeUpWords:
         """Make words and train the tokenizer.
 
         Args:
-            vocab_size: Largest number of tokens; so many words are made that it is reached nearly.
+            vocab_size: Largest number of tokens; there are about half as many words, as a word takes two merges.
             also: Text that the tokenizer should know too, e.g. an empty judge prompt.
         """
         from eagleray.models.backbone.tokenizer import train_tokenizer
 
         rng = random.Random(0)
         syllables = [consonant + vowel for consonant in "bcdfghjklmnprstvwz" for vowel in "aeiou"]
-        words = sorted({"".join(rng.choices(syllables, k=3)) for _ in range(vocab_size)})
+        words = sorted(
+            {"".join(rng.choices(syllables, k=3)) for _ in range(max(50, (vocab_size - 800) // 2))}
+        )
         corpus = [" " + " ".join(rng.sample(words, len(words))) for _ in range(3)] + [also or " "] * 20
         self.tokenizer = train_tokenizer(corpus, vocab_size=vocab_size)
         encoded = self.tokenizer([f" {word}" for word in words], add_special_tokens=False)["input_ids"]

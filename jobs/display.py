@@ -28,6 +28,7 @@ _STATUS_COLOURS = {
     "failed": "red",
     "interrupted": "yellow",
     "killed": "red",
+    "stopped": "yellow",
 }
 _PIPE_WIDTH = 200
 """Columns where there is no terminal to ask: cutting a table for a file or `grep` helps nobody."""

@@ -29,7 +29,7 @@ from eagleray.platform.tracking import METRICS_FILE
 
 logger = logging.getLogger(__name__)
 
-Status = Literal["created", "running", "finished", "failed", "interrupted"]
+Status = Literal["created", "running", "finished", "failed", "interrupted", "stopped"]
 
 FREE_ON_RESUME = {
     "run": "where a run is recorded, and under which note, does not change it",

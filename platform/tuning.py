@@ -254,7 +254,6 @@ def run_trials(plan: SweepPlan, folder: Path, *, max_concurrent: int) -> list[Tr
 def _trial_function(plan: SweepPlan, trials_dir: Path, working_dir: Path) -> Callable[[dict[str, Any]], None]:
     def trial(point: dict[str, Any]) -> None:
         from ray.tune.integration.ray_train import TuneReportCallback
-
         from transformers.utils import logging as transformers_logging
 
         transformers_logging.disable_progress_bar()  # bars of several trials at once say nothing

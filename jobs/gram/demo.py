@@ -23,6 +23,7 @@ from eagleray.jobs.backbone.start import BackboneSection
 from eagleray.jobs.gram import discriminative, evaluate, finetune, pretrain
 from eagleray.jobs.serve import serving
 from eagleray.models.gram.judge import Judge
+from eagleray.models.gram.prompts import render_pair
 from eagleray.models.gram.synthetic import make_corpus, make_preferences, make_unlabelled
 from eagleray.platform.cluster import connected
 from eagleray.platform.config import Config as Section
@@ -33,6 +34,7 @@ from eagleray.platform.runs import RunFinishedError, RunFolder
 from eagleray.platform.sections import JobConfig, RaySection, RunSection
 
 JOB = "gram.demo"
+_RENDERED = 50
 logger = logging.getLogger(__name__)
 
 
@@ -40,7 +42,7 @@ class DemoData(Section):
     """Pairs of the demonstration."""
 
     pairs: str | None = None
-    """Your preference file; default: generated pairs (the better answer is about the animal asked for)."""
+    """Your preference file; default: generated pairs (the better answer gives its steps in order)."""
     generated: int = Field(default=4000, ge=100)
     """Labelled training pairs to generate; as many unlabelled ones are made for stage 1."""
 
@@ -48,11 +50,11 @@ class DemoData(Section):
 class Steps(Section):
     """Optimiser steps of each stage."""
 
-    backbone: int = Field(default=400, ge=1)
+    backbone: int = Field(default=120, ge=1)
     """Language modelling."""
-    pretrain: int = Field(default=150, ge=1)
+    pretrain: int = Field(default=60, ge=1)
     """Stage 1."""
-    finetune: int = Field(default=250, ge=1)
+    finetune: int = Field(default=100, ge=1)
     """Stage 2, and each trained baseline."""
 
 
@@ -136,7 +138,7 @@ class _Demo:
             max_length=512,
         )
         pairs = {"train": self._source("train"), "eval": self._source("dev")}
-        judge: dict[str, Any] = {"data": pairs, "judge": {"max_length": 640}}
+        judge: dict[str, Any] = {"data": pairs, "judge": {"max_length": 640, "template": "short"}}
         stage_1 = {"path": self.model("pretrain")}
         self._train("finetune", finetune, steps.finetune, lr=1e-3, model=stage_1, **judge)
         self._train("no_stage_1", finetune, steps.finetune, lr=1e-3, model=backbone_model, **judge)
@@ -206,7 +208,7 @@ class _Demo:
 
 
 def _generated(count: int, seed: int) -> dict[str, list[Any]]:
-    parts = {"train": count, "dev": 300, "test": 600}
+    parts = {"train": count, "dev": 100, "test": 300}
     files: dict[str, list[Any]] = {
         f"{part}.jsonl": make_preferences(size, seed, split=part)  # type: ignore[arg-type]
         for part, size in parts.items()
@@ -229,7 +231,17 @@ def _from_file(path: str, seed: int) -> dict[str, list[Any]]:
         for name, part in (("train", train), ("dev", dev), ("test", test))
     }
     texts = [f"{pair.prompt_text}\n{answer}\n" for pair in train for answer in (pair.chosen, pair.rejected)]
-    return {**files, "unlabelled.jsonl": files["train.jsonl"], "corpus.txt": texts}
+    unlabelled = [
+        {"id": pair.id, "prompt": pair.prompt_text, "response_a": pair.chosen, "response_b": pair.rejected}
+        for pair in train
+    ]
+    return {**files, "unlabelled.jsonl": unlabelled, "corpus.txt": [*texts, *_rendered(unlabelled)]}
+
+
+def _rendered(unlabelled: list[dict[str, Any]]) -> list[str]:
+    """A few pairs between their markers, so that the tokenizer has tokens for these; too few to teach the task."""
+    rows = unlabelled[:_RENDERED]
+    return ["".join(render_pair(row["prompt"], row["response_a"], row["response_b"])) for row in rows]
 
 
 def _row(pair: Preference) -> dict[str, Any]:

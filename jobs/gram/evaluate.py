@@ -20,6 +20,7 @@ from rich.console import Console
 from rich.table import Table
 
 from eagleray.models.gram.baselines import BagOfWords, LongerAnswer
+from eagleray.models.gram.benchmark_intervals import benchmark_intervals
 from eagleray.models.gram.benchmarks import (
     BENCHMARKS,
     BenchmarkPair,
@@ -31,6 +32,7 @@ from eagleray.models.gram.discriminative import DiscriminativeScorer
 from eagleray.models.gram.judge import Comparison, Judge, Pair
 from eagleray.models.gram.metrics import evaluate_comparisons, paired_difference
 from eagleray.models.gram.plots import plot_accuracy, plot_length_gap, plot_reliability
+from eagleray.models.gram.prompts import shuffled_order
 from eagleray.platform.cluster import connected
 from eagleray.platform.config import Config as Section
 from eagleray.platform.data.preferences import PreferenceData, load_preferences
@@ -132,10 +134,8 @@ def main(cfg: Config) -> dict[str, Any]:
         comparisons: dict[str, dict[str, list[Comparison]]] = {name: {} for name in sets}
         for scorer, section in cfg.scorers.items():
             logger.info("Scoring with %s.", scorer)
-            everything = [pair for loaded in sets.values() for pair in loaded.pairs]
-            found = iter(_compare(section, everything, cfg))
-            for name, loaded in sets.items():
-                comparisons[name][scorer] = [next(found) for _ in loaded.pairs]
+            for name, found in _score(section, sets, cfg).items():
+                comparisons[name][scorer] = found
         report = {"sets": {name: _report(cfg, name, sets[name], comparisons[name]) for name in sets}}
         _write_results(run, sets, comparisons)
         run.write_report(report)
@@ -186,6 +186,24 @@ def build_scorer(kind: str, path: str, options: dict[str, Any]) -> Score:
     return score
 
 
+def _score(section: ScorerSection, sets: dict[str, LoadedSet], cfg: Config) -> dict[str, list[Comparison]]:
+    """Comparisons of every set, chosen answer first, in one pass over all pairs.
+
+    The chosen answer is shown first in a seeded half of the pairs: with `swap_average: none` a judge that always
+    prefers slot A would otherwise be always right.
+    """
+    keys = [(name, i) for name, loaded in sets.items() for i in range(len(loaded.pairs))]
+    flipped = [shuffled_order(cfg.seed, f"{name}/{sets[name].ids[i]}") for name, i in keys]
+    pairs = []
+    for (name, i), flip in zip(keys, flipped, strict=True):
+        prompt, chosen, rejected = sets[name].pairs[i]
+        pairs.append((prompt, rejected, chosen) if flip else (prompt, chosen, rejected))
+    found: dict[str, list[Comparison]] = {name: [] for name in sets}
+    for (name, _), flip, result in zip(keys, flipped, _compare(section, pairs, cfg), strict=True):
+        found[name].append(result.swapped() if flip else result)
+    return found
+
+
 def _compare(section: ScorerSection, pairs: Sequence[Pair], cfg: Config) -> list[Comparison]:
     if section.kind == "longer_answer":
         return LongerAnswer().compare(pairs)
@@ -228,9 +246,9 @@ def _report(cfg: Config, name: str, loaded: LoadedSet, found: dict[str, list[Com
     for scorer, comparisons in found.items():
         figures = evaluate_comparisons(comparisons, prompts=prompts, length_gaps=gaps, **options)
         if section.benchmark is not None:
-            figures["benchmark"] = benchmark_metrics(
-                section.benchmark, loaded.benchmark_pairs, comparisons, **section.options
-            )
+            benchmark = (section.benchmark, loaded.benchmark_pairs, comparisons)
+            figures["benchmark"] = benchmark_metrics(*benchmark, **section.options)
+            figures["benchmark"]["intervals"] = benchmark_intervals(*benchmark, **section.options, **options)
         if scorer != reference:
             right, other = ([c.p_a > 0.5 for c in row] for row in (comparisons, found[reference]))
             figures["difference"] = asdict(paired_difference(right, other, clusters=prompts, **options))

@@ -17,9 +17,10 @@ from typing import Any, Literal, cast
 
 import torch
 import torch.nn.functional as F
-from peft import PeftConfig, PeftModel
+from peft import PeftConfig, PeftModel, load_peft_weights
 from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedTokenizerBase
+from transformers.utils.hub import cached_file
 
 from eagleray.models.gram.batching import pad_right, token_batches
 from eagleray.models.gram.judge import Comparison, Pair, read_out
@@ -45,7 +46,7 @@ def bradley_terry_loss(
         rejected_B: Rewards r_l of the rejected answers.
         margin_B: m, how much better the chosen answer should be.
         smoothing: ε in (1 − ε) softplus(−d) + ε softplus(d).
-        positive_regulariser: λ of −λ log σ(mean r_w), as a sum over examples if `reduction` is `sum`.
+        positive_regulariser: λ of −λ log σ(r_w).
         centring: λ of λ (r_w + r_l)².
         reduction: A training loop that accumulates takes `sum`.
 
@@ -61,8 +62,8 @@ def bradley_terry_loss(
     if centring:
         loss_B = loss_B + centring * (chosen_B + rejected_B).square()
     if positive_regulariser:
-        # Of the mean reward, as in the reference: not a sum over examples, so it is spread over them here.
-        loss_B = loss_B - positive_regulariser * F.logsigmoid(chosen_B.mean())
+        # Paper: the reference takes −log σ of the batch's mean reward, which depends on how a batch is split.
+        loss_B = loss_B - positive_regulariser * F.logsigmoid(chosen_B)
     return loss_B.mean() if reduction == "mean" else loss_B.sum()
 
 
@@ -129,9 +130,9 @@ class RewardSettings:
 
     @classmethod
     def load(cls, folder: str | Path) -> RewardSettings:
-        """Read the settings of a model folder; the defaults if it has none."""
-        file = Path(folder) / SETTINGS_FILE
-        return cls(**json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else cls()
+        """Read the settings of a model folder or hub name; the defaults if it has none."""
+        file = _find(str(folder), SETTINGS_FILE)
+        return cls() if file is None else cls(**json.loads(Path(file).read_text(encoding="utf-8")))
 
 
 class DiscriminativeScorer:
@@ -144,11 +145,14 @@ class DiscriminativeScorer:
 
     @classmethod
     def from_pretrained(cls, path: str | Path, **options: Any) -> DiscriminativeScorer:
-        """Load a model folder, or a peft adapter (merged into its base model), from safetensors.
+        """Load a model folder or hub name, or a peft adapter (merged into its base model), from safetensors.
 
         Args:
-            path: Folder with weights, tokenizer and settings.
+            path: Where weights, tokenizer and settings are.
             options: Of the constructor.
+
+        Raises:
+            ValueError: There is no trained head, or the tokenizer has no padding token of its own.
         """
         tokenizer = AutoTokenizer.from_pretrained(path)
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -180,9 +184,14 @@ def _load_classifier(path: str, pad_id: int) -> Any:
     if _find(path, "adapter_config.json") is None:
         return _classifier(path, pad_id, head_needed=True)
     # The base of an adapter is a plain language model; the trained head is in the adapter.
-    base = _classifier(str(PeftConfig.from_pretrained(path).base_model_name_or_path), pad_id, head_needed=False)
+    base = _classifier(
+        str(PeftConfig.from_pretrained(path).base_model_name_or_path), pad_id, head_needed=False
+    )
     model = PeftModel.from_pretrained(base, path)
-    if not any(name.rpartition(".")[0].endswith(("score", "classifier")) for name in load_peft_weights(path, device="cpu")):
+    if not any(
+        name.rpartition(".")[0].endswith(("score", "classifier"))
+        for name in load_peft_weights(path, device="cpu")
+    ):
         raise ValueError(_NO_HEAD.format(path=path, what="adapter"))
     return model.merge_and_unload()
 

@@ -56,6 +56,17 @@ class Comparison:
     consistent: bool
     """Whether both orders prefer the same answer."""
 
+    def swapped(self) -> Comparison:
+        """The verdict on the same pair with its answers named the other way round."""
+        return Comparison(
+            p_a=1.0 - self.p_a,
+            p_order1=1.0 - self.p_order2,
+            p_order2=1.0 - self.p_order1,
+            delta1=self.delta2,
+            delta2=self.delta1,
+            consistent=self.consistent,
+        )
+
     @property
     def p_b(self) -> float:
         """Probability that the second answer is better."""

@@ -8,7 +8,7 @@ Shapes: N pairs, C clusters (prompts), R bootstrap replicates.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from typing import Any
@@ -81,8 +81,32 @@ def bootstrap(
         seed: Seed of the resampling.
         level: Coverage.
     """
-    means_RK = _resampled_means(values, clusters, samples=samples, seed=seed)
-    return _interval(float(statistic(values.mean(0, keepdims=True))[0]), statistic(means_RK), level)
+    means_RK = resampled_means(values, clusters, samples=samples, seed=seed)
+    return percentile_interval(
+        float(statistic(values.mean(0, keepdims=True))[0]), statistic(means_RK), level=level
+    )
+
+
+def resampled_means(
+    values: np.ndarray, clusters: Sequence[Hashable] | None, *, samples: int = 1000, seed: int = 0
+) -> np.ndarray:
+    """Column means [R, K] of `values` [N, K] in replicates that draw whole clusters; options as in `bootstrap`."""
+    labels_N = np.arange(len(values)) if clusters is None else _numbered(clusters)
+    count = int(labels_N.max()) + 1
+    sums_CK = np.zeros((count, values.shape[1] + 1))
+    np.add.at(sums_CK, labels_N, np.column_stack([values, np.ones(len(values))]))
+    weights_RC = np.random.default_rng(seed).multinomial(count, np.full(count, 1 / count), size=samples)
+    totals_RK = weights_RC @ sums_CK
+    return totals_RK[:, :-1] / totals_RK[:, -1:]
+
+
+def percentile_interval(value: float, replicates_R: np.ndarray, *, level: float = 0.95) -> Estimate:
+    """A figure with the percentiles of its replicates; those in which it is not defined (NaN) do not count.
+
+    A replicate may lack a small group, and then has no mean of that group.
+    """
+    low, high = np.nanquantile(replicates_R, [(1 - level) / 2, (1 + level) / 2])
+    return Estimate(value, float(low), float(high))
 
 
 def mean_estimate(values: Sequence[float] | np.ndarray, **options: Any) -> Estimate:
@@ -114,28 +138,29 @@ def evaluate_comparisons(
             "gaps; there must be one of each for every pair, and at least one pair."
         )
     p_N = np.array([c.p_a for c in comparisons])
-    delta_N2 = np.array([(c.delta1, c.delta2) for c in comparisons])
-    columns = {
-        "accuracy": p_N > 0.5,
-        "ties": p_N == 0.5,
-        "nll": -np.log(np.clip(p_N, 1e-12, None)),
-        "brier": (1 - p_N) ** 2,
-        "consistency": [c.consistent for c in comparisons],
-        # In the second order the chosen answer stands in slot B, so together the data is balanced.
-        # No preference counts half, as for a scorer that cannot see the slots.
-        "slot_a_rate": ((np.sign(delta_N2) + 1) / 2).mean(1),
-        "mean_abs_delta": np.abs(delta_N2).mean(1),
-    }
+    columns = _pair_columns(comparisons)
     report: dict[str, Any] = {"pairs": len(p_N), "prompts": len(set(prompts))}
-    values_NK = np.column_stack([np.asarray(column, dtype=np.float64) for column in columns.values()])
-    means_RK = _resampled_means(
-        values_NK, prompts, samples=samples, seed=seed
-    )  # drawn once: it takes seconds
+    values_NK = np.column_stack(list(columns.values())).astype(np.float64)
+    gaps_NB = _calibration_gaps(p_N)
+    rows = accuracy_by_length_gap(p_N, np.asarray(length_gaps))
+    inside_NG = _length_gap_members(np.asarray(length_gaps), rows)
+    right_NG = inside_NG * (p_N > 0.5)[:, None]
+    # Drawn once for all figures: it takes seconds.
+    means_RK = resampled_means(
+        np.column_stack([values_NK, gaps_NB, inside_NG, right_NG]), prompts, samples=samples, seed=seed
+    )
+    main_RK, gaps_RB, inside_RG, right_RG = np.split(
+        means_RK, np.cumsum([values_NK.shape[1], gaps_NB.shape[1], len(rows)]), axis=1
+    )
     for k, name in enumerate(columns):
-        report[name] = asdict(_interval(float(values_NK[:, k].mean()), means_RK[:, k], level=0.95))
+        report[name] = asdict(percentile_interval(float(values_NK[:, k].mean()), main_RK[:, k]))
     report["ece"] = expected_calibration_error(p_N)
+    report["ece_interval"] = asdict(percentile_interval(report["ece"], np.abs(gaps_RB).sum(1)))
     report["reliability"] = reliability(p_N)
-    report["by_length_gap"] = accuracy_by_length_gap(p_N, np.asarray(length_gaps))
+    for g, row in enumerate(rows):
+        found = percentile_interval(float(row["accuracy"] or 0.0), _ratio(right_RG[:, g], inside_RG[:, g]))
+        row.update(low=found.low, high=found.high)
+    report["by_length_gap"] = rows
     return report
 
 
@@ -168,17 +193,21 @@ def paired_difference(
     return mean_estimate(difference, clusters=clusters, **options)
 
 
-def _resampled_means(
-    values: np.ndarray, clusters: Sequence[Hashable] | None, *, samples: int, seed: int
-) -> np.ndarray:
-    """Column means [R, K] of `values` [N, K] in replicates that draw whole clusters."""
-    labels_N = np.arange(len(values)) if clusters is None else _numbered(clusters)
-    count = int(labels_N.max()) + 1
-    sums_CK = np.zeros((count, values.shape[1] + 1))
-    np.add.at(sums_CK, labels_N, np.column_stack([values, np.ones(len(values))]))
-    weights_RC = np.random.default_rng(seed).multinomial(count, np.full(count, 1 / count), size=samples)
-    totals_RK = weights_RC @ sums_CK
-    return totals_RK[:, :-1] / totals_RK[:, -1:]
+def _pair_columns(comparisons: Sequence[Comparison]) -> dict[str, np.ndarray]:
+    """The figures that are plain means over pairs."""
+    p_N = np.array([c.p_a for c in comparisons])
+    delta_N2 = np.array([(c.delta1, c.delta2) for c in comparisons])
+    return {
+        "accuracy": p_N > 0.5,
+        "ties": p_N == 0.5,
+        "nll": -np.log(np.clip(p_N, 1e-12, None)),
+        "brier": (1 - p_N) ** 2,
+        "consistency": np.array([c.consistent for c in comparisons]),
+        # In the second order the chosen answer stands in slot B, so together the data is balanced.
+        # No preference counts half, as for a scorer that cannot see the slots.
+        "slot_a_rate": ((np.sign(delta_N2) + 1) / 2).mean(1),
+        "mean_abs_delta": np.abs(delta_N2).mean(1),
+    }
 
 
 def _numbered(labels: Sequence[Hashable]) -> np.ndarray:
@@ -187,13 +216,29 @@ def _numbered(labels: Sequence[Hashable]) -> np.ndarray:
     return np.array([numbers.setdefault(label, len(numbers)) for label in labels])
 
 
-def _interval(value: float, replicates_R: np.ndarray, level: float) -> Estimate:
-    low, high = np.quantile(replicates_R, [(1 - level) / 2, (1 + level) / 2])
-    return Estimate(value, float(low), float(high))
-
-
 def _calibration_terms(p_N: np.ndarray, bins: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     confidence_N = np.maximum(p_N, 1 - p_N)
     # Confidence lies in [0.5, 1]; bins are equal parts of [0, 1], as is usual, and the last one includes 1.
     bin_N = np.minimum((confidence_N * bins).astype(int), bins - 1)
     return confidence_N, (p_N > 0.5).astype(np.float64), bin_N
+
+
+def _calibration_gaps(p_N: np.ndarray, bins: int = 15) -> np.ndarray:
+    """Columns [N, B] whose means are the terms of the ECE before their absolute values are taken."""
+    confidence_N, right_N, bin_N = _calibration_terms(p_N, bins)
+    gaps_NB = np.zeros((len(p_N), bins))
+    gaps_NB[np.arange(len(p_N)), bin_N] = right_N - confidence_N
+    return gaps_NB
+
+
+def _length_gap_members(length_gaps: np.ndarray, rows: Sequence[Mapping[str, float | None]]) -> np.ndarray:
+    """Whether each pair belongs to each row of `accuracy_by_length_gap`, as columns [N, G]."""
+    edges = [
+        (-np.inf if r["from"] is None else r["from"], np.inf if r["to"] is None else r["to"]) for r in rows
+    ]
+    return np.column_stack([(length_gaps >= low) & (length_gaps < high) for low, high in edges]).astype(float)
+
+
+def _ratio(numerator_R: np.ndarray, denominator_R: np.ndarray) -> np.ndarray:
+    with np.errstate(invalid="ignore"):
+        return numerator_R / denominator_R

@@ -2,7 +2,8 @@
 
 Stage 2 rows hold a rendered judge prompt and the letter of the better answer, stage 1 rows a question and both
 answers. Both are taken apart by their markers, whatever the wording of the judge instruction. Known faults of
-the files are handled: stray chat tokens inside answers are removed, and nothing is dropped for braces in a text.
+the files are handled: stray chat tokens inside answers are removed, nothing is dropped for braces in a text, and
+line breaks around markers that the official converter wrote as a backslash and an n are read as line breaks.
 """
 
 from __future__ import annotations
@@ -13,6 +14,10 @@ from typing import Any
 from eagleray.models.gram.prompts import ANSWER_BORDER, ANSWERS_END, ANSWERS_START, QUESTION
 
 _CHAT_TOKEN = re.compile(r"<\|[\w.-]{1,40}\|>")
+# Only next to a marker, where a sound file has a real line break: an answer may well speak of "\n".
+_WRITTEN_BREAKS = re.compile(
+    rf"(?:\\n)*(?:{re.escape(QUESTION)}|\[The (?:Start|End) of Assistant [AB]'s Answer\])(?:\\n)*"
+)
 
 
 def labelled_row(values: dict[str, Any]) -> dict[str, Any]:
@@ -70,7 +75,13 @@ def _field(values: dict[str, Any], name: str) -> str:
     value = values.get(name)
     if not isinstance(value, str) or not value.strip():
         raise ValueError(f"`{name}` is missing or empty")
-    return value
+    return _with_line_breaks(value)
+
+
+def _with_line_breaks(text: str) -> str:
+    fixed = _WRITTEN_BREAKS.sub(lambda marker: marker.group().replace("\\n", "\n"), text)
+    # A stage 1 question ends with such breaks and no marker after them.
+    return fixed if fixed == text else re.sub(r"(?:\\n)+\Z", "\n\n", fixed)
 
 
 def _others(values: dict[str, Any]) -> dict[str, Any]:

@@ -195,7 +195,7 @@ def test_asha_stops_bad_trials_and_they_give_everything_back(
     monkeypatch.setattr(sweep, "load_space", lambda *_: rates)
     caplog.set_level(logging.INFO, logger="eagleray")
     baseline = resources()
-    steps = ["train.max_steps=12", "train.eval_every=4"]
+    steps = ["train.max_steps=20", "train.eval_every=4"]
     cfg = config(*QUICK, *steps, f"run.dir={tmp_path / 'run'}", scheduler="asha", max_concurrent=1)
 
     done = sweep.main(cfg)
@@ -205,7 +205,7 @@ def test_asha_stops_bad_trials_and_they_give_everything_back(
     report = json.loads((done.path / "report.json").read_text())
     assert report["count"] == {"finished": 1, "stopped": 2, "failed": 0}
     assert report["best"]["optim.lr"] == 1.0
-    ends = [(row["trials"], row["status"], row["step"] < 12) for row in report["table"]]
+    ends = [(row["trials"], row["status"], row["step"] < 20) for row in report["table"]]
     assert ends[0] == ("0001", "finished", False)
     assert sorted(ends[1:]) == [("0002", "stopped", True), ("0003", "stopped", True)]
     for name in ("0002", "0003"):

@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 import torch
-from builders import tiny_tokenizer
+from builders import tiny_model, tiny_tokenizer
+from peft import LoraConfig, get_peft_model
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForSequenceClassification
+from transformers import AutoModelForSequenceClassification, LlamaConfig, LlamaForSequenceClassification
 from trl import RewardTrainer
 
 from eagleray.models.gram.discriminative import (
@@ -143,3 +144,41 @@ def test_scores_do_not_depend_on_the_batch_and_survive_saving(tmp_path: Path) ->
     assert len(set(alone)) == 4
     (ab,), (ba,) = (scorer.compare([("q", *answers)]) for answers in (("x", "y y"), ("y y", "x")))
     assert ab.p_a == pytest.approx(1 - ba.p_a, abs=1e-12) and ab.consistent and ab.p_order1 == ab.p_order2
+
+
+def test_a_language_model_without_a_head_is_refused(tmp_path: Path) -> None:
+    """transformers would load it and score with a random head."""
+    tiny_model().save_pretrained(tmp_path)
+    tiny_tokenizer().save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="the model holds no trained reward head"):
+        DiscriminativeScorer.from_pretrained(tmp_path)
+
+
+def _saved_adapter(folder: Path, **lora: Any) -> tuple[Path, Any]:
+    """A random adapter on a plain language model, saved; the folder and the model in memory."""
+    tokenizer = tiny_tokenizer()
+    tiny_model().save_pretrained(folder / "base")
+    base = AutoModelForSequenceClassification.from_pretrained(
+        folder / "base", num_labels=1, pad_token_id=tokenizer.pad_token_id
+    )
+    config = LoraConfig(target_modules=["q_proj", "v_proj"], init_lora_weights=False, **lora)
+    adapted = get_peft_model(base, config).eval()
+    adapted.save_pretrained(folder / "adapter")
+    tokenizer.save_pretrained(folder / "adapter")
+    return folder / "adapter", adapted
+
+
+def test_an_adapter_scores_as_before_saving(tmp_path: Path) -> None:
+    folder, adapted = _saved_adapter(tmp_path, task_type="SEQ_CLS", modules_to_save=["score"])
+    conversations = [("question", "answer"), ("question", "a longer answer")]
+    in_memory = DiscriminativeScorer(adapted, RewardEncoder(tiny_tokenizer())).score(conversations)
+    assert DiscriminativeScorer.from_pretrained(folder).score(conversations) == pytest.approx(
+        in_memory, abs=1e-5
+    )
+    assert abs(in_memory[0] - in_memory[1]) > 1e-3
+
+
+def test_an_adapter_without_a_head_is_refused(tmp_path: Path) -> None:
+    folder, _ = _saved_adapter(tmp_path)
+    with pytest.raises(ValueError, match="the adapter holds no trained reward head"):
+        DiscriminativeScorer.from_pretrained(folder)

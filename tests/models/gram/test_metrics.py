@@ -183,6 +183,25 @@ def test_intervals_of_the_report_are_those_of_each_column() -> None:
     assert report["brier"] == pytest.approx(vars(alone))
 
 
+def test_interval_of_the_calibration_error_is_that_of_resampled_pairs() -> None:
+    """The replicates by the slow way: the error of each resample, drawn with the same weights."""
+    comparisons = [scalar(x) for x in np.random.default_rng(11).normal(1.0, 1.5, size=40).tolist()]
+    report = evaluated(comparisons, samples=200, seed=3)
+    weights = np.random.default_rng(3).multinomial(40, np.full(40, 1 / 40), size=200)
+    p = np.array([c.p_a for c in comparisons])
+    errors = [expected_calibration_error(np.repeat(p, counts)) for counts in weights]
+    found = report["ece_interval"]
+    assert (found["low"], found["high"]) == pytest.approx(tuple(np.quantile(errors, [0.025, 0.975])))
+    assert found["value"] == report["ece"]
+
+
+def test_intervals_by_length_gap_are_those_of_the_pairs_in_the_bin() -> None:
+    """Two pairs in one bin, right and wrong; the third bin holds a pair that some replicates lack."""
+    comparisons = [scalar(1.0), scalar(-1.0), scalar(1.0)]
+    rows = evaluated(comparisons, length_gaps=[10, 20, 500], samples=400)["by_length_gap"]
+    assert [(row["accuracy"], row["low"], row["high"]) for row in rows] == [(0.5, 0.0, 1.0), (1.0, 1.0, 1.0)]
+
+
 @pytest.mark.parametrize("bias", [5.0, -5.0])
 def test_a_judge_that_always_takes_one_slot(bias: float) -> None:
     report = evaluated([read_out(bias + 0.1, bias - 0.1), read_out(bias - 0.1, bias + 0.1)])

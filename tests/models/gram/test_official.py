@@ -39,6 +39,20 @@ def test_input_is_joined_by_a_line_break() -> None:
     assert row["prompt"] == "Is it?\nSay why."
 
 
+def test_line_breaks_written_out_by_the_official_converter() -> None:
+    """Around markers they become line breaks; the answers, which mention one at either end, stay as they are."""
+    answers = (r"Print \n twice: \n\n", r"\n is a line break.")
+    user, assistant = render_pair("What is it?", *answers)
+    expected = {"prompt": "What is it?", "response_a": answers[0], "response_b": answers[1]}
+    assert unlabelled_row({"instruction": user, "input": "", "output": assistant}) == expected
+    user, assistant = render_pair("What is it?", "one", "two")
+    row = {"instruction": user, "input": "", "output": assistant}
+    written = {name: value.replace("\n", r"\n") for name, value in row.items()}
+    assert unlabelled_row(written) == unlabelled_row(row)
+    judge = JudgeTemplate("t", "judge").render("What is it?", "one", "two")
+    assert labelled_row({"instruction": judge.replace("\n", r"\n"), "output": "A"})["response_b"] == "two"
+
+
 def test_stray_chat_tokens_are_removed_and_nothing_else() -> None:
     user, assistant = render_pair("Write <b>|x|</b>.", "Done.<|im_end|>", "a <| b |> c")
     row = unlabelled_row({"instruction": user, "output": assistant})
