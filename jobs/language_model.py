@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -32,11 +33,11 @@ class LanguageModelTask(Task):
         self.eval = Examples(data_dir / "eval.arrow")
 
     @property
-    def train_lengths(self) -> Sequence[int]:
+    def train_lengths(self) -> np.ndarray:
         return self.train.column("length")
 
     @property
-    def eval_lengths(self) -> Sequence[int]:
+    def eval_lengths(self) -> np.ndarray:
         return self.eval.column("length")
 
     def train_batch(self, indices: Sequence[int]) -> Batch:

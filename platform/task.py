@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -57,12 +58,12 @@ class Task(ABC):
 
     @property
     @abstractmethod
-    def train_lengths(self) -> Sequence[int]:
+    def train_lengths(self) -> np.ndarray:
         """Length of each training example, in the unit that padding costs."""
 
     @property
     @abstractmethod
-    def eval_lengths(self) -> Sequence[int]:
+    def eval_lengths(self) -> np.ndarray:
         """Length of each evaluation example; empty if the run has none."""
 
     @abstractmethod

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import numpy as np
 from pydantic import Field
@@ -64,9 +64,10 @@ def _prepare(cfg: Config, run: RunFolder) -> None:
         iter_texts(cfg.data, "train"), vocab_size=size.vocab_size, max_length=size.max_length
     )
     tokenizer.save_pretrained(run.data / "tokenizer")
-    for name, part in (("train", "train"), ("eval", "dev")):
+    parts: tuple[tuple[str, Literal["train", "dev"]], ...] = (("train", "train"), ("eval", "dev"))
+    for name, part in parts:
         ids = (tokenizer(text, add_special_tokens=False).input_ids for text in iter_texts(cfg.data, part))
-        blocks = pack_tokens(ids, block_length=cfg.block_length, eos_id=tokenizer.eos_token_id)
+        blocks = pack_tokens(ids, block_length=cfg.block_length, eos_id=cast(int, tokenizer.eos_token_id))
         write_examples(run.data / f"{name}.arrow", _rows(name, blocks))
     run.update_manifest(data_hashes=text_hashes(cfg.data))
 

@@ -76,11 +76,11 @@ class DiscriminativeTask(Task):
         self.eval = Examples(data_dir / "eval.arrow")
 
     @property
-    def train_lengths(self) -> Sequence[int]:
+    def train_lengths(self) -> np.ndarray:
         return self.train.column("length")
 
     @property
-    def eval_lengths(self) -> Sequence[int]:
+    def eval_lengths(self) -> np.ndarray:
         return self.eval.column("length")
 
     def build_model(self) -> nn.Module:

@@ -44,7 +44,7 @@ class BagOfWords:
         difference = self._differences(train)
         # Each pair in both directions: the classes are balanced and the weights antisymmetric.
         features = sparse.vstack([difference, -difference])
-        labels = np.repeat([1, 0], difference.shape[0])
+        labels = np.repeat([1, 0], len(train))
         dev_features = self._differences(dev)
         fitted = [
             LogisticRegression(C=c, fit_intercept=False, max_iter=1000).fit(features, labels)
