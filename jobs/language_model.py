@@ -8,16 +8,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from eagleray.models.backbone.losses import token_losses
-from eagleray.platform.data.examples import Examples
-from eagleray.platform.sections import TrainingConfig
 from eagleray.platform.task import Batch, Task
 
 
@@ -27,24 +23,24 @@ class LanguageModelTask(Task):
     metric: ClassVar[str] = "loss"
     mode: ClassVar[Literal["min", "max"]] = "min"
 
-    def __init__(self, cfg: TrainingConfig, data_dir: Path) -> None:
-        self.cfg, self.data_dir = cfg, data_dir
-        self.train = Examples(data_dir / "train.arrow")
-        self.eval = Examples(data_dir / "eval.arrow")
+    def collate(self, rows: Sequence[dict[str, Any]]) -> Batch:
+        """`input_ids` and `target_mask` (true where the token is a target), both [B, T].
 
-    @property
-    def train_lengths(self) -> np.ndarray:
-        return self.train.column("length")
-
-    @property
-    def eval_lengths(self) -> np.ndarray:
-        return self.eval.column("length")
-
-    def train_batch(self, indices: Sequence[int]) -> Batch:
-        return _collate([self.train[i] for i in indices])
-
-    def eval_batch(self, indices: Sequence[int]) -> Batch:
-        return _collate([self.eval[i] for i in indices])
+        What fills the right end does not matter: no real token looks at it and none of it is a target.
+        """
+        size = (len(rows), max(row["length"] for row in rows))
+        input_ids_BT = torch.zeros(size, dtype=torch.long)
+        target_mask_BT = torch.zeros(size, dtype=torch.bool)
+        for i, row in enumerate(rows):
+            length = row["length"]
+            input_ids_BT[i, :length] = torch.from_numpy(row["input_ids"].astype("int64"))
+            target_mask_BT[i, row["start"] : length] = True
+        return Batch(
+            {"input_ids": input_ids_BT, "target_mask": target_mask_BT},
+            weight=float(target_mask_BT.sum()),
+            ids=tuple(row["id"] for row in rows),
+            tokens=sum(row["length"] for row in rows),
+        )
 
     def loss(self, model: nn.Module, tensors: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         return token_losses(model, **tensors).sum(), {}
@@ -56,23 +52,3 @@ class LanguageModelTask(Task):
     def summarise(self, records: list[Any]) -> dict[str, float]:
         loss = sum(total for total, _ in records) / sum(count for _, count in records)
         return {"loss": loss, "perplexity": math.exp(min(loss, 700.0))}
-
-
-def _collate(rows: list[dict[str, Any]]) -> Batch:
-    """`input_ids` and `target_mask` (true where the token is a target), both [B, T].
-
-    What fills the right end does not matter: no real token looks at it and none of it is a target.
-    """
-    size = (len(rows), max(row["length"] for row in rows))
-    input_ids_BT = torch.zeros(size, dtype=torch.long)
-    target_mask_BT = torch.zeros(size, dtype=torch.bool)
-    for i, row in enumerate(rows):
-        length = row["length"]
-        input_ids_BT[i, :length] = torch.from_numpy(row["input_ids"].astype("int64"))
-        target_mask_BT[i, row["start"] : length] = True
-    return Batch(
-        {"input_ids": input_ids_BT, "target_mask": target_mask_BT},
-        weight=float(target_mask_BT.sum()),
-        ids=tuple(row["id"] for row in rows),
-        tokens=sum(row["length"] for row in rows),
-    )

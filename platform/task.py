@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from eagleray.platform.data.examples import Examples
 from eagleray.platform.sections import TrainingConfig
 
 
@@ -41,38 +42,47 @@ class Batch:
 
 
 class Task(ABC):
-    """One method's part of a training run; built anew in every worker from the config and the data folder."""
+    """One method's part of a training run; built anew in every worker from the config and the data folder.
+
+    The examples are what the job wrote to `train.arrow` and `eval.arrow`: rows with an `id`, a `length` in the
+    unit that padding costs, and whatever `collate` needs.
+    """
 
     metric: ClassVar[str]
     """Evaluation metric that decides which model is kept, unless the config names another."""
     mode: ClassVar[Literal["min", "max"]]
     """Whether a smaller or a larger `metric` is better."""
 
-    @abstractmethod
     def __init__(self, cfg: TrainingConfig, data_dir: Path) -> None:
-        """Open the prepared examples in `data_dir`; must be cheap, the driver does it too."""
+        """Open the prepared examples; must be cheap, the driver does it too."""
+        self.train = Examples(data_dir / "train.arrow")
+        self.eval = Examples(data_dir / "eval.arrow")
+
+    @property
+    def train_lengths(self) -> np.ndarray:
+        """Length of each training example, shape (examples,)."""
+        return self.train.column("length")
+
+    @property
+    def eval_lengths(self) -> np.ndarray:
+        """Length of each evaluation example, shape (examples,)."""
+        return self.eval.column("length")
+
+    def train_batch(self, indices: Sequence[int]) -> Batch:
+        """Training examples, collated; a pure function of the indices."""
+        return self.collate([self.train[i] for i in indices])
+
+    def eval_batch(self, indices: Sequence[int]) -> Batch:
+        """Evaluation examples, collated."""
+        return self.collate([self.eval[i] for i in indices])
 
     @abstractmethod
     def build_model(self) -> nn.Module:
         """The model to train, on the CPU; every worker calls this with the same seed."""
 
-    @property
     @abstractmethod
-    def train_lengths(self) -> np.ndarray:
-        """Length of each training example, in the unit that padding costs."""
-
-    @property
-    @abstractmethod
-    def eval_lengths(self) -> np.ndarray:
-        """Length of each evaluation example; empty if the run has none."""
-
-    @abstractmethod
-    def train_batch(self, indices: Sequence[int]) -> Batch:
-        """Collate training examples; a pure function of the indices."""
-
-    @abstractmethod
-    def eval_batch(self, indices: Sequence[int]) -> Batch:
-        """Collate evaluation examples."""
+    def collate(self, rows: Sequence[dict[str, Any]]) -> Batch:
+        """Rows of the example files as one batch."""
 
     @abstractmethod
     def loss(self, model: nn.Module, tensors: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:

@@ -33,12 +33,12 @@ class ToyConfig(TrainingConfig):
 class ToyTask(LanguageModelTask):
     """Learns to count upwards modulo the vocabulary; a test may let one call of the loss fail."""
 
-    cfg: ToyConfig
     nan_at_call: ClassVar[int | None] = None
     crash_at_call: ClassVar[int | None] = None
 
     def __init__(self, cfg: ToyConfig, data_dir: Path) -> None:
         super().__init__(cfg, data_dir)
+        self.cfg = cfg
         self.calls = 0
 
     def build_model(self) -> nn.Module:

@@ -41,7 +41,9 @@ class Config(TrainingConfig):
 class BackboneTask(LanguageModelTask):
     """Next-token prediction on packed text, from random weights."""
 
-    cfg: Config
+    def __init__(self, cfg: Config, data_dir: Path) -> None:
+        super().__init__(cfg, data_dir)
+        self.cfg, self.data_dir = cfg, data_dir
 
     def build_model(self) -> nn.Module:
         return self.cfg.backbone.build(self._tokenizer(), seed=self.cfg.train.seed)
@@ -53,9 +55,9 @@ class BackboneTask(LanguageModelTask):
         return AutoTokenizer.from_pretrained(self.data_dir / "tokenizer")
 
 
-def main(cfg: Config) -> TrainedRun:
+def main(cfg: Config, **options: Any) -> TrainedRun:
     """Train the tokenizer on the driver and the model on the cluster."""
-    return train(BackboneTask, cfg, job=JOB, prepare=lambda run: _prepare(cfg, run))
+    return train(BackboneTask, cfg, job=JOB, prepare=lambda run: _prepare(cfg, run), **options)
 
 
 def _prepare(cfg: Config, run: RunFolder) -> None:
@@ -66,10 +68,15 @@ def _prepare(cfg: Config, run: RunFolder) -> None:
     tokenizer.save_pretrained(run.data / "tokenizer")
     parts: tuple[tuple[str, Literal["train", "dev"]], ...] = (("train", "train"), ("eval", "dev"))
     for name, part in parts:
-        ids = (tokenizer(text, add_special_tokens=False).input_ids for text in iter_texts(cfg.data, part))
+        ids = (_text_ids(tokenizer, text) for text in iter_texts(cfg.data, part))
         blocks = pack_tokens(ids, block_length=cfg.block_length, eos_id=cast(int, tokenizer.eos_token_id))
         write_examples(run.data / f"{name}.arrow", _rows(name, blocks))
     run.update_manifest(data_hashes=text_hashes(cfg.data))
+
+
+def _text_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """Token ids of plain text: what looks like a control token in it is text."""
+    return tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)  # type: ignore[return-value]
 
 
 def _rows(name: str, blocks: np.ndarray) -> Iterator[dict[str, Any]]:

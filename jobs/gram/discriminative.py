@@ -27,7 +27,7 @@ from eagleray.models.gram.discriminative import (
 )
 from eagleray.models.gram.metrics import expected_calibration_error
 from eagleray.platform.config import Config as Section
-from eagleray.platform.data.examples import Examples, write_examples
+from eagleray.platform.data.examples import write_examples
 from eagleray.platform.data.preferences import Preference
 from eagleray.platform.launch import TrainedRun, train
 from eagleray.platform.pretrained import add_lora, load_pretrained, load_tokenizer
@@ -69,19 +69,10 @@ class DiscriminativeTask(Task):
     mode: ClassVar[Literal["min", "max"]] = "max"
 
     def __init__(self, cfg: Config, data_dir: Path) -> None:
+        super().__init__(cfg, data_dir)
         self.cfg = cfg
         self.start = cfg.start_model(data_dir)
         self.tokenizer = load_tokenizer(self.start)
-        self.train = Examples(data_dir / "train.arrow")
-        self.eval = Examples(data_dir / "eval.arrow")
-
-    @property
-    def train_lengths(self) -> np.ndarray:
-        return self.train.column("length")
-
-    @property
-    def eval_lengths(self) -> np.ndarray:
-        return self.eval.column("length")
 
     def build_model(self) -> nn.Module:
         model = load_pretrained(
@@ -92,12 +83,6 @@ class DiscriminativeTask(Task):
         )
         # The head is new: an adapter that did not save it would load with a random one.
         return add_lora(model, self.cfg.lora, task_type="SEQ_CLS", modules_to_save=["score"])
-
-    def train_batch(self, indices: Sequence[int]) -> Batch:
-        return self._collate([self.train[i] for i in indices])
-
-    def eval_batch(self, indices: Sequence[int]) -> Batch:
-        return self._collate([self.eval[i] for i in indices])
 
     def loss(self, model: nn.Module, tensors: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         loss, (chosen_B, rejected_B) = self.cfg.loss, self._rewards(model, tensors)
@@ -136,7 +121,7 @@ class DiscriminativeTask(Task):
         rewards_B2 = sequence_rewards(model, tensors["input_ids"], tensors["attention_mask"]).view(-1, 2)
         return rewards_B2[:, 0], rewards_B2[:, 1]
 
-    def _collate(self, rows: list[dict[str, Any]]) -> Batch:
+    def collate(self, rows: Sequence[dict[str, Any]]) -> Batch:
         """Right-padded `input_ids` and `attention_mask` [2B, T], and `margin` [B] (0 where the data has none)."""
         conversations = [row[answer] for row in rows for answer in ("chosen", "rejected")]
         input_ids_2BT, attention_mask_2BT = pad_right(conversations, self.tokenizer.pad_token_id)

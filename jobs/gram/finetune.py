@@ -28,7 +28,7 @@ from eagleray.models.gram.metrics import expected_calibration_error
 from eagleray.models.gram.prompts import JudgeEncoder, shuffled_order
 from eagleray.models.gram.scoring import label_logits
 from eagleray.platform.config import Config as Section
-from eagleray.platform.data.examples import Examples, write_examples
+from eagleray.platform.data.examples import write_examples
 from eagleray.platform.data.preferences import Preference
 from eagleray.platform.launch import TrainedRun, train
 from eagleray.platform.pretrained import add_lora, load_pretrained, load_tokenizer
@@ -68,30 +68,15 @@ class FinetuneTask(Task):
     mode: ClassVar[Literal["min", "max"]] = "max"
 
     def __init__(self, cfg: Config, data_dir: Path) -> None:
+        super().__init__(cfg, data_dir)
         self.cfg = cfg
         self.start = cfg.start_model(data_dir)
         self.tokenizer = load_tokenizer(self.start)
         self.encoder = cfg.judge.encoder(self.tokenizer)
-        self.train = Examples(data_dir / "train.arrow")
-        self.eval = Examples(data_dir / "eval.arrow")
-
-    @property
-    def train_lengths(self) -> np.ndarray:
-        return self.train.column("length")
-
-    @property
-    def eval_lengths(self) -> np.ndarray:
-        return self.eval.column("length")
 
     def build_model(self) -> nn.Module:
         model = load_pretrained(AutoModelForCausalLM, self.start)
         return add_lora(model, self.cfg.lora, task_type="CAUSAL_LM")
-
-    def train_batch(self, indices: Sequence[int]) -> Batch:
-        return self._collate([self.train[i] for i in indices])
-
-    def eval_batch(self, indices: Sequence[int]) -> Batch:
-        return self._collate([self.eval[i] for i in indices])
 
     def loss(self, model: nn.Module, tensors: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         inputs, labels_B, loss = (
@@ -149,7 +134,7 @@ class FinetuneTask(Task):
             smoothing_convention=loss.convention,
         ).save(path)
 
-    def _collate(self, rows: list[dict[str, Any]]) -> Batch:
+    def collate(self, rows: Sequence[dict[str, Any]]) -> Batch:
         """Right-padded `input_ids` and `attention_mask` [B, T], and `label` [B] (0: A, 1: B)."""
         input_ids_BT, attention_mask_BT = pad_right([row["input_ids"] for row in rows])
         label_B = torch.tensor([row["label"] for row in rows])

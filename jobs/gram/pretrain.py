@@ -40,10 +40,9 @@ class Config(StartConfig):
 class PretrainTask(LanguageModelTask):
     """Rendered pairs, predicted from the end of the prompt on."""
 
-    cfg: Config
-
     def __init__(self, cfg: Config, data_dir: Path) -> None:
         super().__init__(cfg, data_dir)
+        self.cfg = cfg
         self.start = cfg.start_model(data_dir)
 
     def build_model(self) -> nn.Module:
