@@ -56,7 +56,7 @@ class Size:
     left_out: int = 5
     steps: int = 50
     """Measured steps of ours and of the bare loop in a round."""
-    trl_steps: int = 20
+    trl_steps: int = 10
     rounds: int = 2
 
 
@@ -83,8 +83,6 @@ def prepare(*, folder: Path, size: Size) -> None:
         width=size.width,
         layers=size.layers,
         heads=size.width // 32,
-        pad_id=words.tokenizer.pad_token_id,
-        eos_id=words.tokenizer.eos_token_id,
     )
     build_llama(config, seed=0).save_pretrained(folder / "model")
     words.tokenizer.save_pretrained(folder / "model")
@@ -163,7 +161,8 @@ def trl(*, folder: Path, data: str, size: Size) -> Timing:
     """SFTTrainer on the same rows in the same order."""
     from datasets import Dataset
     from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
-    from trl import SFTConfig, SFTTrainer
+    from trl.trainer.sft_config import SFTConfig
+    from trl.trainer.sft_trainer import SFTTrainer
 
     steps = size.left_out + size.trl_steps
     tokenizer = AutoTokenizer.from_pretrained(folder / "model")

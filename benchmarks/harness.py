@@ -20,7 +20,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib import metadata
 from multiprocessing.connection import Connection
@@ -298,17 +298,19 @@ def _side_process(
             return torch.cuda.max_memory_allocated()
         return resident_bytes("VmHWM") - baseline
 
-    try:
-        step = build(**arguments)
-        pipe.send((False, None))
-        while True:
-            try:
+    with suppress(
+        EOFError, BrokenPipeError, ConnectionResetError
+    ):  # the other end closed: nobody waits any more
+        try:
+            step = build(**arguments)
+            pipe.send((False, None))
+            while True:
                 command, args = pipe.recv()
-            except EOFError:
-                return
-            pipe.send((False, peak() if command == "memory" else step(*args)))
-    except Exception:  # noqa: BLE001 - whatever it is, the other process raises it
-        pipe.send((True, traceback.format_exc()))
+                pipe.send((False, peak() if command == "memory" else step(*args)))
+        except (EOFError, BrokenPipeError, ConnectionResetError):
+            raise
+        except Exception:  # noqa: BLE001 - whatever it is, the other process raises it
+            pipe.send((True, traceback.format_exc()))
 
 
 @contextmanager
