@@ -54,7 +54,7 @@ class Steps(Section):
     """Language modelling."""
     pretrain: int = Field(default=60, ge=1)
     """Stage 1."""
-    finetune: int = Field(default=100, ge=1)
+    finetune: int = Field(default=125, ge=1)
     """Stage 2, and each trained baseline."""
 
 
@@ -184,7 +184,7 @@ class _Demo:
             "max_steps": steps,
             "seed": self.cfg.seed,
         }
-        train["eval_every"] = max(1, steps // 2)
+        train["eval_every"] = steps
         settings = {"train": train, "optim": {"lr": lr}, "tracking": {"tensorboard": False}}
         with self._timed(stage), contextlib.suppress(RunFinishedError):
             job.main(self._config(job, stage, {**values, **settings}))
