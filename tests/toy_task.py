@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -104,3 +105,7 @@ def _worker(
         function(rank, *args)
     finally:
         dist.destroy_process_group()
+    # DeepSpeed still holds process groups of its own. A gloo thread that wants the interpreter while it shuts
+    # down aborts the process ("terminate called without an active exception"), so leave without shutting down.
+    sys.stdout.flush()
+    os._exit(0)
