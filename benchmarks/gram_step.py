@@ -118,7 +118,7 @@ def build_matmul(*, sizes: tuple[int, ...]) -> Callable[[], float]:
 def main() -> None:
     """Measure and print."""
     options, machine = start(__doc__ or "", use_gpu=True)
-    size, rounds = (QUICK, 2) if options.quick else (Size(), 9)
+    size, rounds = (QUICK, 2) if options.quick else (Size(), 7)
     mlp_width = llama_config(
         vocab_size=size.vocab_size, width=size.width, layers=size.layers, heads=1
     ).intermediate_size
@@ -132,7 +132,7 @@ def main() -> None:
         [[_, our_loss]], _, [[_, full_loss]] = interleave(sides, rounds=1).values()  # warm-up, no moments yet
         if abs(our_loss - full_loss) > (1e-5 if machine["gpu"] is None else 1e-2):
             raise AssertionError(f"the sides compute different losses: {our_loss} and {full_loss}")
-        results = interleave(sides, rounds=rounds, seconds=160)
+        results = interleave(sides, rounds=rounds, seconds=120)
         with_heap = {"ours": ours.peak_memory(), "full": full.peak_memory()}
     memory = {name: _exact_peak(options.threads, narrow=name == "ours", size=size) for name in with_heap}
     seconds = {name: [reading[0] for reading in results[name]] for name in ("ours", "full")}

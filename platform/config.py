@@ -132,7 +132,9 @@ class _Loader(yaml.SafeLoader):
     """YAML with two habits of YAML 1.1 mended: `1e-5` is a number, and a key given twice is an error."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        # A merge key (`<<: *anchor`) brings defaults that the keys beside it may replace.
+        own = [key for key, _ in node.value if key.tag != "tag:yaml.org,2002:merge"]
+        keys = [self.construct_object(key, deep=True) for key in own]
         twice = next((key for i, key in enumerate(keys) if key in keys[:i]), None)
         if twice is not None:
             raise yaml.constructor.ConstructorError(

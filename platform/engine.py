@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from eagleray.platform.sections import OptimSection, TrainingConfig
@@ -75,6 +76,9 @@ def build_engine(model: nn.Module, cfg: TrainingConfig, *, total_steps: int) -> 
         config=deepspeed_config(cfg),
         dist_init_required=False,
     )
+    if cfg.deepspeed.zero_stage == 0 and dist.get_world_size() == 1:
+        # With nobody to share gradients with, DeepSpeed would still copy each of them into a buffer and back.
+        engine.enable_backward_allreduce = False
     if _clips_in_hook(cfg):
         _clip_before_step(engine, optimizer, cfg.optim.clip_norm)
     return engine

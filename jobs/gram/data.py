@@ -17,7 +17,7 @@ from eagleray.models.gram.synthetic import make_preferences, make_unlabelled
 from eagleray.platform.config import Config as Section
 from eagleray.platform.data.preferences import (
     Preference,
-    PreferenceData,
+    PreferenceMixture,
     ReadReport,
     ResponsePair,
     load_preferences,
@@ -44,11 +44,11 @@ class SyntheticPairs(Section):
 class PairData(Section):
     """Pairs to train on, and pairs to choose the model by."""
 
-    train: PreferenceData | None = None
-    """Training pairs."""
+    train: PreferenceMixture | None = None
+    """Training pairs; a list mixes files whose columns have different names."""
     synthetic: SyntheticPairs | None = None
     """Generated pairs in place of `train`."""
-    eval: PreferenceData | None = None
+    eval: PreferenceMixture | None = None
     """Evaluation pairs; default: `eval_fraction` of the training prompts."""
     eval_fraction: float = Field(default=0.05, gt=0, lt=1)
     """Share of the training prompts that is held out if `eval` is not given."""

@@ -35,7 +35,7 @@ from eagleray.models.gram.plots import plot_accuracy, plot_length_gap, plot_reli
 from eagleray.models.gram.prompts import shuffled_order
 from eagleray.platform.cluster import connected
 from eagleray.platform.config import Config as Section
-from eagleray.platform.data.preferences import PreferenceData, load_preferences
+from eagleray.platform.data.preferences import PreferenceMixture, load_preferences
 from eagleray.platform.data.sources import DataError, SourceConfig, file_hashes, read_rows
 from eagleray.platform.runs import RunFolder
 from eagleray.platform.scoring import Row, Score, map_with_model
@@ -52,9 +52,9 @@ class ScorerSection(Section):
     """`judge` (GRAM, or any causal LM), `discriminative`, or one of the baselines without a model."""
     path: str | None = None
     """Model folder or hub name, for `judge` and `discriminative`."""
-    train: PreferenceData | None = None
+    train: PreferenceMixture | None = None
     """Pairs that a `bag_of_words` learns from."""
-    dev: PreferenceData | None = None
+    dev: PreferenceMixture | None = None
     """Pairs that a `bag_of_words` chooses its regularisation by."""
     options: dict[str, Any] = Field(default={})
     """Further settings of a judge, e.g. `swap_average: logit` or `template: official.yaml`."""
@@ -76,7 +76,7 @@ class ScorerSection(Section):
 class EvaluationSet(Section):
     """Pairs to judge: a preference file, or a benchmark in its own format."""
 
-    pairs: PreferenceData | None = None
+    pairs: PreferenceMixture | None = None
     """Preference data."""
     benchmark: str | None = None
     """Name of a benchmark, which says how rows are read and which metrics it has."""

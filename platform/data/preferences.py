@@ -11,12 +11,12 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal, Protocol, TypeVar
+from typing import Annotated, Any, Literal, Protocol, TypeVar
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
 from eagleray.platform.config import Config
 from eagleray.platform.data.layouts import Message, ParsedPair, RowProblem, kind_of, parse_pair, readable
@@ -82,6 +82,18 @@ class PreferenceData(Config):
         return self.model_copy(update={"sources": [resolve_source(source, base) for source in self.sources]})
 
 
+def _in_a_list(value: Any) -> Any:
+    return value if isinstance(value, list | tuple) else [value]
+
+
+PreferenceMixture = Annotated[
+    list[PreferenceData],
+    BeforeValidator(_in_a_list, json_schema_input_type=PreferenceData | list[PreferenceData]),
+    Field(min_length=1),
+]
+"""One `PreferenceData`, or a list of several whose files name their columns differently."""
+
+
 @dataclass(frozen=True, slots=True)
 class Preference:
     """A prompt with a better and a worse answer; `extra` holds the row's other columns."""
@@ -143,12 +155,12 @@ class ReadReport:
 
 
 def load_preferences(
-    data: PreferenceData, *, rewrite: Rewrite | None = None
+    data: PreferenceData | Sequence[PreferenceData], *, rewrite: Rewrite | None = None
 ) -> tuple[list[Preference], ReadReport]:
     """Read labelled pairs.
 
     Args:
-        data: Sources and rules.
+        data: Sources and rules; several are read one after the other.
         rewrite: Turns the values of a row in a format of its own into one of the formats read here; a
             `ValueError` it raises counts as a fault of the row, with its message as the reason.
 
@@ -159,7 +171,7 @@ def load_preferences(
 
 
 def load_response_pairs(
-    data: PreferenceData, *, rewrite: Rewrite | None = None
+    data: PreferenceData | Sequence[PreferenceData], *, rewrite: Rewrite | None = None
 ) -> tuple[list[ResponsePair], ReadReport]:
     """Read pairs without labels: response_a and response_b, or any preference row with its label dropped.
 
@@ -209,13 +221,31 @@ def _prompt_position(prompt: str, seed: int) -> float:
 
 
 def _load(
-    data: PreferenceData,
+    data: PreferenceData | Sequence[PreferenceData],
     rewrite: Rewrite | None,
     build: Callable[[dict[str, Any], PreferenceData], _T | None],
 ) -> tuple[list[_T], ReadReport]:
     report = ReadReport()
     pairs: list[_T] = []
     taken: set[str] = set()
+    for part in [data] if isinstance(data, PreferenceData) else data:
+        before = len(pairs)
+        for pair in _read_part(part, rewrite, build, report):
+            pairs.append(replace(pair, id=_unique(pair.id, taken)))
+        if len(pairs) == before:
+            where = ", ".join(source.path for source in part.sources)
+            example = "; for example ".join([report.summary(), *report.examples[:1]])
+            raise DataError(where, "no row is left", example)
+    report.kept = len(pairs)
+    return pairs, report
+
+
+def _read_part(
+    data: PreferenceData,
+    rewrite: Rewrite | None,
+    build: Callable[[dict[str, Any], PreferenceData], _T | None],
+    report: ReadReport,
+) -> Iterator[_T]:
     for source in data.sources:
         report.hashes.update(file_hashes(source))
         for row in read_rows(source):
@@ -233,14 +263,7 @@ def _load(
             if pair is None:
                 report.leave_out("tie")
             else:
-                pairs.append(replace(pair, id=_unique(pair.id, taken)))
-    report.kept = len(pairs)
-    if not pairs:
-        where = ", ".join(source.path for source in data.sources)
-        raise DataError(
-            where, "no row is left", "; for example ".join([report.summary(), *report.examples[:1]])
-        )
-    return pairs, report
+                yield pair
 
 
 def _rewritten(values: dict[str, Any], rewrite: Rewrite | None) -> dict[str, Any]:

@@ -180,6 +180,13 @@ def test_every_shared_field_has_a_description() -> None:
     assert [key for key, field in describe_fields(TrainingConfig) if not field.description] == []
 
 
+def test_a_merge_key_brings_defaults(tmp_path: Path) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text("optim: {<<: {lr: 1.0e-3, schedule: linear}, lr: 2.0e-3}\n")
+    optim = load_config(TrainingConfig, path).optim
+    assert (optim.lr, optim.schedule) == (2e-3, "linear")
+
+
 def test_a_key_given_twice_is_an_error(tmp_path: Path) -> None:
     path = tmp_path / "config.yaml"
     path.write_text("optim:\n  lr: 1\n  lr: 2\n")

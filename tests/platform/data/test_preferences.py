@@ -2,6 +2,7 @@ import json
 from pathlib import Path
 
 import pytest
+from pydantic import TypeAdapter
 
 from eagleray.platform.config import load_config, to_yaml
 from eagleray.platform.data.preferences import (
@@ -9,6 +10,7 @@ from eagleray.platform.data.preferences import (
     PreferenceData,
     ReadReport,
     SourceConfig,
+    PreferenceMixture,
     load_preferences,
     load_response_pairs,
     split_by_prompt,
@@ -232,6 +234,18 @@ def test_report_in_one_line_and_hashes_of_all_files(data, tmp_path):
     assert report.summary() == "read 3 rows, kept 1, left out 2 (tie: 2)"
     assert list(report.hashes) == [str(tmp_path / "rows.jsonl")]
     assert ReadReport(read=2, kept=2).summary() == "read 2 rows, kept 2"
+
+
+def test_mixture_of_files_with_different_columns(data):
+    other = data({"q": "p", "good": "x", "bad": "y", "id": "1"}, GOOD | {"id": "1"}, name="other.jsonl")
+    columns = {"prompt": "q", "chosen": "good", "rejected": "bad"}
+    mixed = TypeAdapter(PreferenceMixture).validate_python(
+        [data(GOOD | {"id": "1"}), {**other.model_dump(), "columns": columns, "on_error": "skip"}]
+    )
+    pairs, report = load_preferences(mixed)
+    assert [(pair.id, pair.chosen) for pair in pairs] == [("1", GOOD["chosen"]), ("1#2", "x")]
+    assert (report.read, report.kept, sum(report.skipped.values()), len(report.hashes)) == (3, 2, 1, 2)
+    assert TypeAdapter(PreferenceMixture).validate_python(other) == [other]
 
 
 # Unlabelled pairs
