@@ -9,6 +9,7 @@ import contextlib
 from collections.abc import Iterator
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -23,12 +24,13 @@ def token_losses(model: Any, *, input_ids: Tensor, target_mask: Tensor) -> Tenso
         target_mask: [B, T], bool, true where the token is a target; column 0 can't be one.
 
     The vocabulary projection is the largest matrix product of a small model and its logits the largest
-    tensor, so it runs on the N target positions only; log-probabilities are taken in float32.
+    tensor, so it runs on the N target positions only; log-probabilities are taken in float32 or better.
     """
     predicts_BT = target_mask[:, 1:]
     with head_positions(model, predicts_BT):
         logits_NV = model(input_ids=input_ids, use_cache=False).logits[0]
-    losses_N = F.cross_entropy(logits_NV.float(), input_ids[:, 1:][predicts_BT], reduction="none")
+    logits_NV = logits_NV.to(torch.promote_types(logits_NV.dtype, torch.float32))
+    losses_N = F.cross_entropy(logits_NV, input_ids[:, 1:][predicts_BT], reduction="none")
     losses_BT = losses_N.new_zeros(input_ids.shape)
     losses_BT[:, 1:] = losses_BT[:, 1:].masked_scatter(predicts_BT, losses_N)
     return losses_BT

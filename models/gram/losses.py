@@ -1,6 +1,6 @@
-"""Losses of GRAM: label smoothing on the two preference labels (stage 2) and token cross-entropy (stage 1).
+"""Losses of GRAM's stage 2: label smoothing on the two preference labels.
 
-Stage 2, equations 3 and 4 of arXiv 2506.14175, with Delta = Z_correct - Z_wrong, the margin of the labels:
+Equations 3 and 4 of arXiv 2506.14175, with Delta = Z_correct - Z_wrong, the margin of the labels:
 
     L = -(1 - eps) log pi(correct) - eps log pi(wrong)               (3)
       = -log sigmoid(Delta) + eps * Delta                            (4, pi normalised over the two labels)
@@ -8,7 +8,7 @@ Stage 2, equations 3 and 4 of arXiv 2506.14175, with Delta = Z_correct - Z_wrong
 so smoothing is a Bradley-Terry ranking loss plus a linear penalty on the margin. Its optimum is finite for
 eps > 0: see `smoothing_optimum`. All losses compute in float32 or better and are pure functions.
 
-Shapes: B examples, V vocabulary, T tokens, N target tokens.
+Shapes: B examples, V vocabulary. Stage 1 is next-token cross-entropy, `eagleray.models.backbone.losses`.
 """
 
 from __future__ import annotations
@@ -143,32 +143,6 @@ def full_vocab_loss(
     right_B = label_logits_B2.gather(1, labels_B[:, None])[:, 0]
     wrong_B = label_logits_B2.gather(1, 1 - labels_B[:, None])[:, 0]
     return _reduce(logits_BV.logsumexp(-1) - (1 - epsilon) * right_B - epsilon * wrong_B, reduction)
-
-
-def token_loss(logits_NV: Tensor, targets_N: Tensor) -> tuple[Tensor, int]:
-    """Stage 1: cross-entropy summed over target tokens, and how many there are.
-
-    Args:
-        logits_NV: Logits that predict the target tokens.
-        targets_N: Token ids of the targets.
-
-    Returns:
-        The summed loss and N; a global mean is the sum of the first over the sum of the second.
-    """
-    return F.cross_entropy(_at_least_float32(logits_NV), targets_N, reduction="sum"), targets_N.numel()
-
-
-def next_token_loss(logits_BTV: Tensor, input_ids_BT: Tensor, target_mask_BT: Tensor) -> tuple[Tensor, int]:
-    """`token_loss` on the logits of whole sequences: position t predicts token t + 1.
-
-    Args:
-        logits_BTV: Logits at every position.
-        input_ids_BT: The tokens that went in.
-        target_mask_BT: True at the tokens to be predicted; prompt and padding are False.
-    """
-    predicted_BT = target_mask_BT[:, 1:]
-    # Rows are picked before the cast, so that float32 copies of prompt and padding logits are never made.
-    return token_loss(logits_BTV[:, :-1][predicted_BT], input_ids_BT[:, 1:][predicted_BT])
 
 
 def _at_least_float32(values: Tensor) -> Tensor:

@@ -112,31 +112,6 @@ def label_logits_shared(
     return logits_N2[torch.tensor(order, device=logits_N2.device).argsort()]
 
 
-def target_logits(
-    model: nn.Module, input_ids_BT: Tensor, attention_mask_BT: Tensor, target_mask_BT: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Stage 1: logits of the target tokens only, for `losses.token_loss`; prompt and padding cost no logits.
-
-    Args:
-        model: A causal language model.
-        input_ids_BT: Whole sequences, padded on either side.
-        attention_mask_BT: 1 at tokens, 0 at padding.
-        target_mask_BT: True at the tokens to be predicted; never at the first position of a row.
-
-    Returns:
-        Logits [N, V] and the N target tokens they predict.
-    """
-    predicted_BT = target_mask_BT[:, 1:].bool()
-    logits_NV = model(
-        input_ids=input_ids_BT,
-        logits_to_keep=F.pad(predicted_BT, (0, 1)),
-        **_position_arguments(attention_mask_BT.long()),
-    ).logits
-    if logits_NV.ndim != 2:
-        raise ValueError(_IGNORES_POSITIONS.format(type(model).__name__, tuple(logits_NV.shape)))
-    return logits_NV, input_ids_BT[:, 1:][predicted_BT]
-
-
 def can_share_prefix(model: nn.Module) -> bool:
     """Whether the model keeps plain keys and values, which can be reused (a recurrent state cannot)."""
     return all(

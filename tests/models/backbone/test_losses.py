@@ -1,11 +1,27 @@
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 from eagleray.models.backbone.losses import token_losses
 from eagleray.models.backbone.model import build_llama, llama_config
+
+
+class FixedLogits(nn.Module):
+    """Stands for a causal LM whose logits are given."""
+
+    def __init__(self, logits_BTV):
+        super().__init__()
+        self.logits_BTV, self.head = logits_BTV, nn.Identity()
+
+    def get_output_embeddings(self):
+        return self.head
+
+    def forward(self, input_ids, use_cache):
+        return SimpleNamespace(logits=self.head(self.logits_BTV))
 
 
 @pytest.fixture
@@ -19,6 +35,22 @@ def batch():
     ids_BT = torch.randint(1, 50, (3, 9), generator=torch.Generator().manual_seed(0))
     real_BT = torch.arange(9) < torch.tensor([[9], [6], [4]])
     return {"input_ids": ids_BT * real_BT, "target_mask": real_BT & (torch.arange(9) >= 2)}
+
+
+def test_gram_check_12_target_tokens_only():
+    """Target probabilities 0.5, 0.25, 0.125, 0.5: mean 1.213008; prompt tokens contribute nothing."""
+    vocabulary, ids_BT = 8, torch.tensor([[5, 6, 1, 2, 3, 4]])
+    mask_BT = torch.tensor([[False, False, True, True, True, True]])
+    # NaN at the positions that predict prompt tokens, and at the last one: none of them may be read.
+    probabilities = torch.full((1, 6, vocabulary), torch.nan, dtype=torch.float64)
+    for position, p in zip(range(1, 5), (0.5, 0.25, 0.125, 0.5), strict=True):
+        probabilities[0, position] = (1 - p) / (vocabulary - 1)
+        probabilities[0, position, ids_BT[0, position + 1]] = p
+    losses_BT = token_losses(FixedLogits(probabilities.log()), input_ids=ids_BT, target_mask=mask_BT)
+    assert losses_BT.dtype == torch.float64 and losses_BT[0, :2].tolist() == [0, 0]
+    assert losses_BT.sum().item() / 4 == pytest.approx(1.213008, abs=1e-6)
+    half = token_losses(FixedLogits(probabilities.log().bfloat16()), input_ids=ids_BT, target_mask=mask_BT)
+    assert half.dtype == torch.float32
 
 
 def test_uniform_model_pays_log_vocabulary_for_every_target(model, batch):

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from transformers import Gemma2Config, Gemma2ForCausalLM, MambaConfig, MambaForCausalLM, PreTrainedModel
 
 from eagleray.models.gram.batching import pad_right
-from eagleray.models.gram.losses import next_token_loss, pair_logit_loss, token_loss
-from eagleray.models.gram.scoring import can_share_prefix, label_logits, label_logits_shared, target_logits
+from eagleray.models.gram.losses import pair_logit_loss
+from eagleray.models.gram.scoring import can_share_prefix, label_logits, label_logits_shared
 
 LABELS = (36, 37)
 
@@ -117,20 +117,6 @@ def test_check_11_logits_are_read_one_position_before_the_label() -> None:
     assert torch.equal(label_logits(model, *pad_right([prompt]), LABELS), before)
 
 
-@pytest.mark.parametrize("pad", [pad_right, pad_left])
-def test_target_logits_give_the_loss_of_whole_sequences(pad: Callable) -> None:
-    model, rows = tiny_model(), sequences(4)
-    ids, mask = pad(rows)
-    targets = mask.bool() & (torch.rand(ids.shape, generator=torch.Generator().manual_seed(0)) < 0.5)
-    targets[:, 0] = False
-    positions = (mask.cumsum(1) - 1).clamp(min=0)
-    full = model(input_ids=ids, attention_mask=mask, position_ids=positions).logits
-    loss, count = token_loss(*target_logits(model, ids, mask, targets))
-    expected, expected_count = next_token_loss(full, ids, targets)
-    assert count == expected_count == targets.sum()
-    torch.testing.assert_close(loss, expected)
-
-
 def test_head_is_restored_also_after_an_error() -> None:
     model = tiny_model()
     head = model.get_output_embeddings()
@@ -206,5 +192,3 @@ def test_errors() -> None:
     model.forward = lambda logits_to_keep, **inputs: forward(**inputs)  # type: ignore[method-assign]
     with pytest.raises(ValueError, match="does not honour `logits_to_keep`"):
         label_logits(model, ids, mask, LABELS)
-    with pytest.raises(ValueError, match="does not honour `logits_to_keep`"):
-        target_logits(model, ids, mask, mask)

@@ -8,9 +8,9 @@ from eagleray.platform.config import load_config, to_yaml
 from eagleray.platform.data.preferences import (
     DataError,
     PreferenceData,
+    PreferenceMixture,
     ReadReport,
     SourceConfig,
-    PreferenceMixture,
     load_preferences,
     load_response_pairs,
     split_by_prompt,
