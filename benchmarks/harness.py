@@ -221,6 +221,7 @@ def start(description: str, *, use_gpu: bool) -> tuple[Options, dict[str, Any]]:
     os.environ.update({"TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1", "MPLBACKEND": "Agg"})
     os.environ.setdefault("RAY_AUTH_MODE", "disabled")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ["RAY_worker_niceness"] = "0"  # Ray's default of 15 would let other work slow its sides only
     if not use_gpu:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
     return options, describe_machine(options.threads)

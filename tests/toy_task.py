@@ -14,13 +14,13 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from eagleray.jobs.language_model import LanguageModelTask
 from eagleray.platform.config import load_config
 from eagleray.platform.data.examples import write_examples
-from eagleray.platform.pretrained import add_lora
-from eagleray.platform.sections import TrainingConfig
+from eagleray.platform.pretrained import add_lora, load_pretrained
+from eagleray.platform.sections import ModelSection, TrainingConfig
 
 VOCABULARY = 64
 
@@ -32,10 +32,11 @@ class ToyConfig(TrainingConfig):
 
 
 class ToyTask(LanguageModelTask):
-    """Learns to count upwards modulo the vocabulary; a test may let one call of the loss fail."""
+    """Learns to count upwards modulo the vocabulary; a test may let one call of the loss fail, or start from a saved model."""
 
     nan_at_call: ClassVar[int | None] = None
     crash_at_call: ClassVar[int | None] = None
+    start: ClassVar[str | None] = None
 
     def __init__(self, cfg: ToyConfig, data_dir: Path) -> None:
         super().__init__(cfg, data_dir)
@@ -43,6 +44,13 @@ class ToyTask(LanguageModelTask):
         self.calls = 0
 
     def build_model(self) -> nn.Module:
+        if self.start is not None:
+            # Under ZeRO-3 every parameter must have been partitioned as it was read.
+            model = load_pretrained(AutoModelForCausalLM, ModelSection(path=self.start))
+            assert all(hasattr(p, "ds_id") for p in model.parameters()) == (
+                self.cfg.deepspeed.zero_stage == 3
+            )
+            return model
         config = LlamaConfig(
             vocab_size=VOCABULARY,
             hidden_size=32,

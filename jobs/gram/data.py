@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, Literal, TypeVar
 
-import torch
 from pydantic import Field, model_validator
-from torch import Tensor
 
 from eagleray.models.gram.official import labelled_row, unlabelled_row
 from eagleray.models.gram.prompts import JudgeEncoder, JudgeTemplate
@@ -120,15 +117,6 @@ def load_unlabelled(data: PairData, *, seed: int) -> Pairs[ResponsePair]:
         return _generated(make_unlabelled(made.pairs, made.seed), held_out, _as_response_pair)
     rewrite = unlabelled_row if data.official else None
     return _load(data, seed, lambda source: load_response_pairs(source, rewrite=rewrite))
-
-
-def pad_right(rows: Sequence[Sequence[int]], pad_id: int = 0) -> tuple[Tensor, Tensor]:
-    """Token ids [B, T], int64, and their mask (1 where a token is real)."""
-    lengths = torch.tensor([len(row) for row in rows])
-    ids_BT = torch.full((len(rows), int(lengths.max())), pad_id, dtype=torch.long)
-    for i, row in enumerate(rows):
-        ids_BT[i, : len(row)] = torch.tensor(row, dtype=torch.long)
-    return ids_BT, (torch.arange(ids_BT.shape[1]) < lengths[:, None]).long()
 
 
 def log_dropped(count: int, max_length: int) -> None:

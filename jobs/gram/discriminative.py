@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification
 
 from eagleray.jobs.backbone.start import StartConfig, prepare_start
-from eagleray.jobs.gram.data import PairData, load_labelled, pad_right
+from eagleray.jobs.gram.data import PairData, load_labelled
+from eagleray.models.gram.batching import pad_right
 from eagleray.models.gram.discriminative import (
     RewardEncoder,
     RewardSettings,
@@ -124,7 +125,7 @@ class DiscriminativeTask(Task):
     def collate(self, rows: Sequence[dict[str, Any]]) -> Batch:
         """Right-padded `input_ids` and `attention_mask` [2B, T], and `margin` [B] (0 where the data has none)."""
         conversations = [row[answer] for row in rows for answer in ("chosen", "rejected")]
-        input_ids_2BT, attention_mask_2BT = pad_right(conversations, self.tokenizer.pad_token_id)
+        input_ids_2BT, attention_mask_2BT = pad_right(conversations, pad_id=self.tokenizer.pad_token_id)
         margin_B = torch.tensor([row["margin"] for row in rows])
         return Batch(
             {"input_ids": input_ids_2BT, "attention_mask": attention_mask_2BT, "margin": margin_B},

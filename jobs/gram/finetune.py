@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from eagleray.jobs.backbone.start import StartConfig, prepare_start
-from eagleray.jobs.gram.data import JudgeSection, PairData, load_labelled, log_dropped, pad_right
+from eagleray.jobs.gram.data import JudgeSection, PairData, load_labelled, log_dropped
+from eagleray.models.gram.batching import pad_right
 from eagleray.models.gram.checkpoint import JudgeSettings
 from eagleray.models.gram.judge import read_out
 from eagleray.models.gram.losses import full_vocab_loss, pair_logit_loss

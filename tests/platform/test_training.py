@@ -178,6 +178,40 @@ def test_variants(tmp_path: Path) -> None:
     _assert_same_run(tmp_path / "gc", tmp_path / "plain", atol=1e-6)
 
 
+def test_offload_changes_nothing(tmp_path: Path) -> None:
+    """Optimiser and parameters in host memory, under ZeRO 2 and 3; DeepSpeed's own CPU Adam takes the steps."""
+    common = ["optim.eps=0.001", "train.keep_model=last", "train.max_steps=6"]
+    runs = {
+        "plain": [],
+        "zero2": ["deepspeed={zero_stage: 2, offload_optimizer: true}"],
+        "zero3": ["deepspeed={zero_stage: 3, offload_optimizer: true, offload_params: true}"],
+    }
+    run_workers(_each, 1, {str(tmp_path / name): [*further, *common] for name, further in runs.items()})
+    for name in ("zero2", "zero3"):
+        _assert_same_run(tmp_path / "plain", tmp_path / name, atol=1e-5)
+
+
+def _from_pretrained(rank: int, root: str) -> None:
+    start = Path(root, "start")
+    ToyTask.start = None
+    _train(start, "train.max_steps=1")
+    ToyTask.start = str(start / "model")
+    for stage in (0, 3):
+        _train(
+            Path(root, f"zero{stage}"),
+            f"deepspeed.zero_stage={stage}",
+            "train.keep_model=last",
+            "optim.eps=0.001",
+        )
+
+
+def test_zero_3_partitions_a_pretrained_model_as_it_loads(tmp_path: Path) -> None:
+    run_workers(_from_pretrained, 1, str(tmp_path))
+    _assert_same_run(tmp_path / "zero0", tmp_path / "zero3", atol=1e-5)
+    started, fresh = (_records(tmp_path / name)[0]["loss"] for name in ("zero3", "start"))
+    assert started != fresh
+
+
 def test_total_steps() -> None:
     train = toy_config().train
     assert total_steps(train, 40) == 12
