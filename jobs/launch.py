@@ -1,7 +1,7 @@
 """Starting a job and ending it well: `eagleray train` and `python -m eagleray.jobs.<name>` behave alike.
 
-What a user did wrong is one message and exit code 2; Ctrl-C says how to resume and is exit code 130; anything
-else is our bug and keeps its traceback.
+What a user did wrong is one message and exit code 2; Ctrl-C says how to resume and is exit code 130, a
+termination signal 143; anything else is our bug and keeps its traceback.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import argparse
 import logging
 import os
 import shlex
+import signal
 import sys
 import traceback
 from collections.abc import Iterator, Sequence
@@ -24,8 +25,8 @@ from eagleray.jobs.registry import JOBS, job_name, load_job
 from eagleray.platform.config import load_config
 from eagleray.platform.runs import RunFinishedError, RunInterrupted
 
-USER_ERROR, INTERRUPTED = 2, 130
-"""Exit codes."""
+USER_ERROR = 2
+"""Exit code; that of a run stopped by a signal is 128 and the signal's number, as in a shell."""
 
 _TRACEBACK_VARIABLE = "EAGLERAY_TRACEBACK"
 
@@ -77,7 +78,7 @@ def clean_exit() -> Iterator[None]:
         raise SystemExit(0) from None
     except KeyboardInterrupt as stop:
         _say("Interrupted", _how_to_resume(stop), style="bold yellow")
-        raise SystemExit(INTERRUPTED) from None
+        raise SystemExit(128 + getattr(stop, "signal", signal.SIGINT)) from None
     except Exception as error:
         found = find_user_error(error)
         if found is None:

@@ -233,7 +233,7 @@ def _concurrency(plan: SweepPlan, cfg: Config) -> int:
         wanted,
         chosen,
         fits,
-        cfg.ray.num_workers,
+        cfg.ray.max_workers,
         cfg.ray.cpus_per_worker,
     )
     if chosen > fits:

@@ -1,23 +1,34 @@
-"""Checkpoints that are whole or not there.
+"""Checkpoints that are whole or not there, written beside training.
 
-Every worker writes its shard into `step-00000100.partial/` on the storage all workers share; then each hashes
-its part of the files, worker 0 writes `checkpoint.json` with the hashes and renames the folder. A folder
-without `.partial` is thus complete, and what happened to it later (truncation, a lost shard) shows in the
-hashes. docs/decisions/0002-checkpoints.md says why Ray Train does not own these files.
+Saving has two parts. Between two steps every worker copies its shard of the state into host memory
+(`Checkpointer.begin`); a thread then hashes the copy and writes it into `step-00000100.partial/` on the storage
+all workers share, while training goes on. When all workers have written, worker 0 adds `checkpoint.json` with
+the hashes and renames the folder (`Checkpointer.finish`). A folder without `.partial` is thus complete, and what
+happened to it later (truncation, a lost shard) shows in the hashes. The thread only writes its own files: what
+the workers have to agree on happens in `begin` and `finish`, which all of them call at the same step.
+
+docs/decisions/0002-checkpoints.md says why Ray Train does not own these files.
 """
 
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import logging
 import os
 import shutil
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
+
+from eagleray.platform.universal import load_universal, write_universal
 
 logger = logging.getLogger(__name__)
 
@@ -52,119 +63,232 @@ class LoopState:
     """Metrics of the last evaluation."""
 
 
-def save_checkpoint(engine: Any, root: Path, state: LoopState, *, config_hash: str, keep: int) -> Path:
-    """Write the checkpoint of `state.step`; a collective call. Older ones beyond `keep` go afterwards.
+class Checkpointer:
+    """The checkpoints of one run; every worker has one, and all call its methods at the same step.
 
-    Raises:
-        CheckpointError: It can't be written (e.g. the disk is full); earlier checkpoints are untouched.
+    Args:
+        engine: The DeepSpeed engine whose state is saved.
+        root: Folder of the checkpoints, on storage that all workers share.
+        config_hash: Hash of what must not change between a checkpoint and the run that resumes from it.
+        keep: How many of the latest checkpoints stay.
     """
-    final = root / f"step-{state.step:08d}"
-    partial = final.with_name(final.name + _PARTIAL)
-    rank = dist.get_rank()
-    try:
-        if rank == 0:
+
+    def __init__(self, engine: Any, root: Path, *, config_hash: str, keep: int) -> None:
+        self._engine, self._root, self._config_hash, self._keep = engine, root, config_hash, keep
+        self._rank, self._world_size = dist.get_rank(), dist.get_world_size()
+        self._snapshots: dict[Path, io.BytesIO] = {}
+        engine.checkpoint_engine.save = self._snapshot  # each file that DeepSpeed would write comes here
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._pending: _Pending | None = None
+        self._saved_step = 0
+
+    @property
+    def written(self) -> bool:
+        """Whether this worker's part of the checkpoint that is under way, if any, is on the disk (or failed)."""
+        return self._pending is None or self._pending.files.done()
+
+    def begin(self, state: LoopState) -> None:
+        """Copy the state of this step and let a thread write it; one still under way is finished first.
+
+        Raises:
+            CheckpointError: The one under way could not be written, or the new one cannot be begun.
+        """
+        self.finish()
+        if state.step == self._saved_step:
+            return
+        partial = self._root / f"step-{state.step:08d}{_PARTIAL}"
+        with self._explained(state.step, partial):
+            if self._rank == 0:
+                shutil.rmtree(partial, ignore_errors=True)
+                partial.mkdir(parents=True)
+            dist.barrier()
+            self._engine.save_checkpoint(str(partial), tag=_STATE, save_latest=False)
+        snapshots, self._snapshots = self._snapshots, {}
+        files = self._thread.submit(_write_files, snapshots, partial)
+        self._pending = _Pending(state.step, asdict(state), partial, files)
+        self._saved_step = state.step
+
+    def finish(self) -> None:
+        """Wait for the files of the checkpoint under way, if any, and make it valid.
+
+        Raises:
+            CheckpointError: It can't be written (e.g. the disk is full); earlier checkpoints are untouched.
+        """
+        if self._pending is None:
+            return
+        pending, self._pending = self._pending, None
+        problem, mine = None, {}
+        try:
+            mine = pending.files.result()
+        except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
+            problem = f"{error}"
+        everyone: list[Any] = [None] * self._world_size
+        dist.all_gather_object(everyone, (mine, problem))
+        problem = next((found for _, found in everyone if found), None)
+        if problem is None and self._rank == 0:
+            try:
+                self._commit(pending, {name: digest for part, _ in everyone for name, digest in part.items()})
+            except OSError as error:
+                problem = f"{error}"
+        outcome = [problem]
+        dist.broadcast_object_list(outcome, src=0)
+        if outcome[0]:
+            with self._explained(pending.step, pending.folder):
+                raise OSError(outcome[0])
+
+    def restore(self) -> LoopState | None:
+        """Load the newest whole checkpoint into the fresh engine.
+
+        One that another number of workers wrote is converted first (`universal.py`), if ZeRO had sharded it.
+
+        Returns:
+            The loop state, or `None` if the run has no checkpoint yet.
+
+        Raises:
+            CheckpointError: There are checkpoints, but none is whole or fits this run.
+        """
+        if self._rank == 0:
+            for left in self._root.glob(f"step-*{_PARTIAL}"):  # half-written by a run that was killed
+                shutil.rmtree(left, ignore_errors=True)
+        dist.barrier()
+        problems: list[str] = []
+        for path in reversed(_complete(self._root)):
+            problem = self._problem(path)
+            if problem is None:
+                return self._load(path)
+            problems.append(f"{path.name}: {problem}")
+            if self._rank == 0:
+                logger.warning("Checkpoint %s is not used: %s.", path, problem)
+        if problems:
+            raise CheckpointError(
+                f"No checkpoint in {self._root} can be used ({'; '.join(problems)}). Restore a folder, or start "
+                "anew with another `run.dir`."
+            )
+        return None
+
+    def close(self) -> None:
+        """End the thread; a checkpoint that is not finished by then is dropped."""
+        self._thread.shutdown()
+
+    def _snapshot(self, state_dict: Any, path: str) -> None:
+        # The older format is a plain copy of the tensors; the zip format also computes a checksum, as we do.
+        self._snapshots[Path(path)] = buffer = io.BytesIO()
+        torch.save(state_dict, buffer, _use_new_zipfile_serialization=False)
+
+    def _load(self, path: Path) -> LoopState:
+        manifest = json.loads((path / _MANIFEST).read_text())
+        if manifest["world_size"] == self._world_size or not _is_sharded(manifest):
+            self._engine.load_checkpoint(str(path), tag=_STATE)
+        else:
+            self._load_resharded(path, manifest["world_size"])
+        state = LoopState(**manifest["loop"])
+        self._saved_step = state.step
+        return state
+
+    def _load_resharded(self, path: Path, writers: int) -> None:
+        """The hashes of `path` have been checked; its converted copy lives only until it is loaded."""
+        scratch = path.with_name(f"{path.name}.universal{_PARTIAL}")
+        problem = [None]
+        if self._rank == 0:
+            logger.info(
+                "Checkpoint %s was written by %d worker(s); its shards are joined for %d worker(s).",
+                path,
+                writers,
+                self._world_size,
+            )
+            try:
+                write_universal(path / _STATE, scratch / _STATE)
+            except (OSError, RuntimeError) as error:
+                problem = [f"{error}"]
+        dist.broadcast_object_list(problem, src=0)
+        if problem[0]:
+            raise CheckpointError(
+                f"{path} was written by {writers} worker(s) and could not be converted for {self._world_size}: "
+                f"{problem[0]}. Make room, or resume with `ray.num_workers={writers}`."
+            )
+        load_universal(self._engine, scratch, tag=_STATE)
+        dist.barrier()
+        if self._rank == 0:
+            shutil.rmtree(scratch, ignore_errors=True)
+
+    def _problem(self, path: Path) -> str | None:
+        """Why a checkpoint can't be used, agreed among all workers; each checks its share of the hashes."""
+        try:
+            manifest = json.loads((path / _MANIFEST).read_text())
+        except (OSError, ValueError):
+            return f"{_MANIFEST} is missing or unreadable"
+        if manifest["config_hash"] != self._config_hash:
+            return "it belongs to a run with another config"
+        mine = None
+        for name, digest in sorted(manifest["files"].items())[self._rank :: self._world_size]:
+            file = path / name
+            if not file.is_file():
+                mine = f"{name} is missing"
+            elif _sha256(file) != digest:
+                mine = f"{name} is damaged (its hash is not the recorded one)"
+            if mine:
+                break
+        everyone: list[str | None] = [None] * self._world_size
+        dist.all_gather_object(everyone, mine)
+        return next((problem for problem in everyone if problem), None)
+
+    def _commit(self, pending: _Pending, files: dict[str, str]) -> None:
+        folder, final = pending.folder, pending.folder.with_suffix("")
+        # What DeepSpeed itself put there, such as its script that extracts the weights.
+        others = {p for p in folder.rglob("*") if p.is_file()} - {folder / name for name in files}
+        manifest = {
+            "loop": pending.loop,
+            "config_hash": self._config_hash,
+            "world_size": self._world_size,
+            "zero_stage": self._engine.zero_optimization_stage(),
+            "files": files | {str(p.relative_to(folder)): _sha256(p) for p in others},
+        }
+        _write_synced(folder / _MANIFEST, json.dumps(manifest, indent=1).encode())
+        shutil.rmtree(final, ignore_errors=True)  # a damaged one that the run fell back from
+        folder.rename(final)
+        for old in _complete(self._root)[: -self._keep]:
+            shutil.rmtree(old, ignore_errors=True)
+
+    @contextmanager
+    def _explained(self, step: int, partial: Path) -> Iterator[None]:
+        try:
+            yield
+        except (OSError, RuntimeError) as error:
             shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir(parents=True)
-        dist.barrier()
-        engine.save_checkpoint(str(partial), tag=_STATE, save_latest=False)
-        dist.barrier()
-        files = _hash_files(partial)
-        if rank == 0:
-            manifest = {
-                "loop": asdict(state),
-                "config_hash": config_hash,
-                "world_size": dist.get_world_size(),
-                "zero_stage": engine.zero_optimization_stage(),
-                "files": files,
-            }
-            _write_synced(partial / _MANIFEST, json.dumps(manifest, indent=1))
-            shutil.rmtree(final, ignore_errors=True)  # a damaged one that the run fell back from
-            partial.rename(final)
-            for old in _complete(root)[:-keep]:
-                shutil.rmtree(old, ignore_errors=True)
-        dist.barrier()
-    except (OSError, RuntimeError) as error:  # torch reports a full disk as RuntimeError
-        shutil.rmtree(partial, ignore_errors=True)
-        raise CheckpointError(
-            f"The checkpoint of step {state.step} could not be written to {root}: {error}. "
-            "Earlier checkpoints are whole: make room and resume the run."
-        ) from error
-    return final
+            raise CheckpointError(
+                f"The checkpoint of step {step} could not be written to {self._root}: {error}. "
+                "Earlier checkpoints are whole: make room and resume the run."
+            ) from error
 
 
-def restore_checkpoint(engine: Any, root: Path, *, config_hash: str) -> LoopState | None:
-    """Load the newest whole checkpoint into a fresh engine; a collective call.
+@dataclass
+class _Pending:
+    """A checkpoint between `begin` and `finish`."""
 
-    Returns:
-        The loop state, or `None` if the run has no checkpoint yet.
-
-    Raises:
-        CheckpointError: There are checkpoints, but none is whole or fits this run.
-    """
-    problems: list[str] = []
-    for path in reversed(_complete(root)):
-        problem = _problem(path, engine, config_hash)
-        if problem is None:
-            engine.load_checkpoint(str(path), tag=_STATE)
-            return LoopState(**json.loads((path / _MANIFEST).read_text())["loop"])
-        problems.append(f"{path.name}: {problem}")
-        if dist.get_rank() == 0:
-            logger.warning("Checkpoint %s is not used: %s.", path, problem)
-    if problems:
-        raise CheckpointError(
-            f"No checkpoint in {root} can be used ({'; '.join(problems)}). Restore a folder, or start anew with another `run.dir`."
-        )
-    return None
+    step: int
+    loop: dict[str, Any]
+    folder: Path
+    files: Future[dict[str, str]]
+    """Name -> hash of what this worker wrote."""
 
 
-def clean_partial(root: Path) -> None:
-    """Remove what a killed run left half-written."""
-    for path in root.glob(f"step-*{_PARTIAL}"):
-        shutil.rmtree(path, ignore_errors=True)
+def _write_files(files: dict[Path, io.BytesIO], folder: Path) -> dict[str, str]:
+    """Runs in the thread; hashing and writing leave the interpreter to the training loop."""
+    digests = {}
+    while files:
+        path, buffer = files.popitem()
+        with buffer.getbuffer() as content:
+            digests[str(path.relative_to(folder))] = hashlib.sha256(content).hexdigest()
+            _write_synced(path, content)
+    return digests
 
 
 def _complete(root: Path) -> list[Path]:
     return sorted(p for p in root.glob("step-*") if p.is_dir() and not p.name.endswith(_PARTIAL))
 
 
-def _problem(path: Path, engine: Any, config_hash: str) -> str | None:
-    """Why a checkpoint can't be used, agreed among all workers; each checks its share of the hashes."""
-    try:
-        manifest = json.loads((path / _MANIFEST).read_text())
-    except (OSError, ValueError):
-        return f"{_MANIFEST} is missing or unreadable"
-    if manifest["config_hash"] != config_hash:
-        return "it belongs to a run with another config"
-    world, stage = dist.get_world_size(), engine.zero_optimization_stage()
-    if stage > 0 and (manifest["world_size"], manifest["zero_stage"]) != (world, stage):
-        return (
-            f"it was written by {manifest['world_size']} worker(s) at ZeRO stage {manifest['zero_stage']}; "
-            f"this run has {world} at stage {stage}"
-        )
-    mine = None
-    for name, digest in _share(sorted(manifest["files"].items())):
-        file = path / name
-        if not file.is_file():
-            mine = f"{name} is missing"
-        elif _sha256(file) != digest:
-            mine = f"{name} is damaged (its hash is not the recorded one)"
-        if mine:
-            break
-    everyone: list[str | None] = [None] * world
-    dist.all_gather_object(everyone, mine)
-    return next((problem for problem in everyone if problem), None)
-
-
-def _hash_files(folder: Path) -> dict[str, str]:
-    names = sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file())
-    mine = {name: _sha256(folder / name) for name in _share(names)}
-    everyone: list[dict[str, str]] = [{} for _ in range(dist.get_world_size())]
-    dist.all_gather_object(everyone, mine)
-    return {name: digest for part in everyone for name, digest in part.items()}
-
-
-def _share(items: list[Any]) -> list[Any]:
-    return items[dist.get_rank() :: dist.get_world_size()]
+def _is_sharded(manifest: dict[str, Any]) -> bool:
+    return any(name.endswith("optim_states.pt") for name in manifest["files"])
 
 
 def _sha256(path: Path) -> str:
@@ -172,8 +296,8 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _write_synced(path: Path, text: str) -> None:
-    with path.open("w") as file:
-        file.write(text)
+def _write_synced(path: Path, content: bytes | memoryview) -> None:
+    with path.open("wb") as file:
+        file.write(content)
         file.flush()
         os.fsync(file.fileno())

@@ -46,7 +46,7 @@ def connected(section: RaySection) -> Iterator[None]:
 def wants_gpu(section: RaySection) -> bool:
     """Whether workers get a GPU each; `auto` means yes if the cluster has enough."""
     if section.use_gpu == "auto":
-        return ray.cluster_resources().get("GPU", 0) >= section.num_workers
+        return ray.cluster_resources().get("GPU", 0) >= section.min_workers
     return section.use_gpu
 
 
@@ -64,10 +64,11 @@ def check_placement(section: RaySection, *, reserved_cpus: float = 0) -> None:
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     fits = sum(min(int(node.get(name, 0) // amount) for name, amount in need.items()) for node in nodes)
     total = {name: sum(node.get(name, 0) for node in nodes) for name in ("CPU", "GPU")}
-    if fits < section.num_workers or total["CPU"] - reserved_cpus < section.num_workers * need["CPU"]:
+    least = section.min_workers
+    if fits < least or total["CPU"] - reserved_cpus < least * need["CPU"]:
         wanted = " + ".join(f"{amount:g} {name}" for name, amount in need.items())
         raise PlacementError(
-            f"The run needs {section.num_workers} worker(s) x {wanted}; the cluster has {len(nodes)} node(s) with "
+            f"The run needs {least} worker(s) x {wanted}; the cluster has {len(nodes)} node(s) with "
             f"{total['CPU']:g} CPU and {total['GPU']:g} GPU in all and places at most {fits} such worker(s). "
             "Lower `ray.num_workers` or `ray.cpus_per_worker`, or name a larger cluster in `ray.address`."
         )

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import importlib
 import logging
 import os
 import shutil
 import signal
-import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,8 +16,9 @@ from eagleray.platform.cluster import check_placement, connected, wants_gpu
 from eagleray.platform.config import validate_config
 from eagleray.platform.plots import plot_training
 from eagleray.platform.progress import training_progress
-from eagleray.platform.runs import RunFolder
+from eagleray.platform.runs import RunFolder, RunInterrupted
 from eagleray.platform.sections import TrainingConfig
+from eagleray.platform.stopping import SignalStop, withdraw_stop
 from eagleray.platform.task import Task
 from eagleray.platform.training import run_training, total_steps
 
@@ -60,6 +59,7 @@ def train(
     Raises:
         PlacementError: The cluster cannot hold the run.
         TrainingError: A worker failed more often than `ray.max_failures`.
+        RunInterrupted: The run was asked to stop, by a signal or by the file `stop` in its folder.
     """
     with RunFolder.create(job, cfg).recording() as run:
         if not run.resumed:
@@ -98,6 +98,7 @@ def _fit(
         },
         scaling_config=ray.train.ScalingConfig(
             num_workers=cfg.ray.num_workers,
+            elastic_resize_monitor_interval_s=cfg.ray.resize_every_s,
             use_gpu=use_gpu,
             resources_per_worker={"CPU": cfg.ray.cpus_per_worker} | ({"GPU": 1} if use_gpu else {}),
         ),
@@ -110,32 +111,21 @@ def _fit(
             callbacks=list(callbacks),
         ),
     )
-    with (
-        training_progress(run.path, total_steps=steps, description=cfg.run.note or job),
-        _own_signal_handlers(),
-    ):
+    withdraw_stop(run.path)
+    stop = SignalStop(run.path)
+    with training_progress(run.path, total_steps=steps, description=cfg.run.note or job):
         try:
-            summary = trainer.fit().return_value
+            summary = stop.call(lambda: trainer.fit().return_value)
         except TrainingFailedError as error:
             raise TrainingError(f"{_reason(error)} Resume with `run.dir={run.path}`.") from error
-    assert summary is not None, "worker 0 returns the summary of the run"
+        except KeyboardInterrupt:
+            raise RunInterrupted(run.path, stop.received or signal.SIGINT) from None
+    if summary is None:
+        raise RunInterrupted(run.path, stop.received or signal.SIGINT)
     return summary
 
 
-@contextlib.contextmanager
-def _own_signal_handlers() -> Iterator[None]:
-    """Ray Train leaves its SIGINT handler behind, which would send a later Ctrl-C to a controller that is gone."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.getsignal(signal.SIGINT)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
-
-
-def _train_worker(loop: dict[str, Any]) -> dict[str, float]:
+def _train_worker(loop: dict[str, Any]) -> dict[str, float] | None:
     """What runs in each Ray Train worker."""
     import ray.train
     import torch
@@ -152,7 +142,18 @@ def _train_worker(loop: dict[str, Any]) -> dict[str, float]:
     cfg = validate_config(_load(loop["config_class"]), loop["config"], "worker")
     run_dir = Path(loop["run_dir"])
     task = _load(loop["task"])(cfg, run_dir / "data")
-    return run_training(task, cfg, run_dir, report=ray.train.report)
+    return run_training(task, cfg, run_dir, report=ray.train.report, evicted=_evicted)
+
+
+def _evicted() -> bool:
+    """Whether Ray has told this worker that a machine of the run will be taken away.
+
+    `ray.train.get_preemption_info` says the same but makes all workers wait for one another through an actor,
+    far too slow for every step; the loop agrees on the answer in a message of its own.
+    """
+    from ray.train.v2._internal.execution.context import get_train_context
+
+    return get_train_context().preemption_context.preemption_info is not None
 
 
 def _load(reference: str) -> Any:

@@ -10,6 +10,7 @@ import logging
 import os
 import secrets
 import shlex
+import signal
 import sys
 import time
 import traceback
@@ -36,6 +37,9 @@ FREE_ON_RESUME = {
     "tracking": "nor does who else is told about its metrics",
     "ray.address": "a run may go on on another cluster",
     "ray.max_failures": "a run may be given more patience",
+    "ray.num_workers": "the global batch stays; how it is split changes only rounding and dropout",
+    "ray.resize_every_s": "nor does how often workers may be added",
+    "train.micro_batch_size": "so that the batch can be split over more workers",
 }
 """Keys that may differ between the attempts of one run, each with the reason."""
 
@@ -56,11 +60,12 @@ class RunFinishedError(ConfigError):
 
 
 class RunInterrupted(KeyboardInterrupt):
-    """The run was stopped by Ctrl-C or a termination signal and can be resumed."""
+    """The run was stopped by Ctrl-C, a termination signal or a request in its folder, and can be resumed."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, number: signal.Signals = signal.SIGINT) -> None:
         super().__init__(f"interrupted: {path}")
         self.path = path
+        self.signal = number
 
 
 class RunFolder:
@@ -161,7 +166,7 @@ class RunFolder:
 
         Raises:
             RunInterrupted: In place of a `KeyboardInterrupt`, and of the `SystemExit` by which Ray answers
-                Ctrl-C and termination signals.
+                termination signals.
         """
         start = time.monotonic()
         self._record("running")
@@ -169,7 +174,10 @@ class RunFolder:
             yield self
         except (KeyboardInterrupt, SystemExit) as stop:
             self._record_end("interrupted", start)
-            raise RunInterrupted(self.path) from stop
+            if isinstance(stop, RunInterrupted):
+                raise
+            number = signal.SIGTERM if isinstance(stop, SystemExit) else signal.SIGINT
+            raise RunInterrupted(self.path, number) from stop
         except BaseException as error:
             self._record_end("failed", start, error)
             error.add_note(f"Run folder: {self.path}")

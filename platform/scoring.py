@@ -24,7 +24,7 @@ def map_with_model(
     *,
     batch_size: int = 128,
 ) -> list[Row]:
-    """Results of all rows, in their order, computed by `section.num_workers` workers.
+    """Results of all rows, in their order, computed by `section.min_workers` workers.
 
     Args:
         build: Makes the function that turns a batch of rows into as many results; called once in each worker,
@@ -52,7 +52,7 @@ def map_with_model(
             _Worker,
             fn_constructor_args=(build, arguments, max(1, int(section.cpus_per_worker))),
             batch_size=batch_size,
-            compute=ray.data.ActorPoolStrategy(size=min(section.num_workers, batches)),
+            compute=ray.data.ActorPoolStrategy(size=min(section.min_workers, batches)),
             num_cpus=section.cpus_per_worker,
             num_gpus=1 if wants_gpu(section) else 0,
         )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, PositiveInt, field_validator, model_validator
 
 from eagleray.platform.config import Config
 
@@ -28,14 +28,34 @@ class RaySection(Config):
 
     address: str | None = None
     """Address of a running cluster (`auto`, `ray://...`, `host:port`). Default: a private local one."""
-    num_workers: int = Field(default=1, ge=1)
-    """Training workers (data-parallel ranks), or scoring actors for evaluation jobs."""
+    num_workers: PositiveInt | tuple[PositiveInt, PositiveInt] = 1
+    """Training workers (data-parallel ranks), or scoring actors for evaluation jobs. `[least, most]`: as many as
+    the cluster has room for; when that changes the run goes on from its last checkpoint."""
+    resize_every_s: float = Field(default=60, gt=0)
+    """With `[least, most]` workers: seconds between two looks whether there is room for more."""
     cpus_per_worker: float = Field(default=1, gt=0)
     """CPU cores of one worker."""
     use_gpu: bool | Literal["auto"] = "auto"
     """One GPU a worker. `auto`: yes if the cluster has at least `num_workers` GPUs."""
     max_failures: int = Field(default=0, ge=-1)
     """How often a failed worker group is restarted from the last checkpoint (-1: without limit)."""
+
+    @field_validator("num_workers")
+    @classmethod
+    def _least_comes_first(cls, workers: int | tuple[int, int]) -> int | tuple[int, int]:
+        if isinstance(workers, tuple) and workers[0] > workers[1]:
+            raise ValueError(f"`ray.num_workers` is {list(workers)}; it is a number or [least, most]")
+        return workers
+
+    @property
+    def min_workers(self) -> int:
+        """Workers without which the run can't go on."""
+        return self.num_workers[0] if isinstance(self.num_workers, tuple) else self.num_workers
+
+    @property
+    def max_workers(self) -> int:
+        """Workers that the run takes if there is room."""
+        return self.num_workers[1] if isinstance(self.num_workers, tuple) else self.num_workers
 
 
 class ModelSection(Config):
@@ -171,10 +191,11 @@ class TrainingConfig(JobConfig):
 
     @model_validator(mode="after")
     def _batch_divides(self) -> Any:
-        per_pass = self.ray.num_workers * self.train.micro_batch_size
-        if self.train.batch_size % per_pass:
-            raise ValueError(
-                f"`train.batch_size` is {self.train.batch_size}; it must be a multiple of `ray.num_workers` x "
-                f"`train.micro_batch_size` = {self.ray.num_workers} x {self.train.micro_batch_size} = {per_pass}"
-            )
+        for workers in range(self.ray.min_workers, self.ray.max_workers + 1):
+            per_pass = workers * self.train.micro_batch_size
+            if self.train.batch_size % per_pass:
+                raise ValueError(
+                    f"`train.batch_size` is {self.train.batch_size}; it must be a multiple of `ray.num_workers` x "
+                    f"`train.micro_batch_size` = {workers} x {self.train.micro_batch_size} = {per_pass}"
+                )
         return self

@@ -7,6 +7,9 @@ Special here:
   state, and a resumed run is bit-identical to an undisturbed one.
 - A loss that is not finite stops the run *before* the optimiser step, with the ids of the batch.
 - The best model is exported when it is found, so even a killed run leaves its best model behind.
+- Before every step the workers add up what the step needs (the global weight) and, in the same all-reduce, who
+  has written its checkpoint, who was asked to stop and whose machine will be taken away. So all of them act at
+  the same step, without a message of its own.
 """
 
 from __future__ import annotations
@@ -17,6 +20,7 @@ import random
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -24,13 +28,14 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from eagleray.platform.checkpoints import LoopState, clean_partial, restore_checkpoint, save_checkpoint
+from eagleray.platform.checkpoints import Checkpointer, LoopState
 from eagleray.platform.config import config_hash
 from eagleray.platform.data.sampler import BatchSampler
 from eagleray.platform.engine import build_engine, sharded_loading
 from eagleray.platform.pretrained import export_model
 from eagleray.platform.runs import FREE_ON_RESUME
 from eagleray.platform.sections import TrainingConfig, TrainSection
+from eagleray.platform.stopping import stop_requested
 from eagleray.platform.task import Batch, Task
 from eagleray.platform.tracking import MetricsSink
 
@@ -51,8 +56,13 @@ def total_steps(train: TrainSection, examples: int) -> int:
 
 
 def run_training(
-    task: Task, cfg: TrainingConfig, run_dir: Path, *, report: Report | None = None
-) -> dict[str, float]:
+    task: Task,
+    cfg: TrainingConfig,
+    run_dir: Path,
+    *,
+    report: Report = lambda _: None,
+    evicted: Callable[[], bool] = lambda: False,
+) -> dict[str, float] | None:
     """Train `task` to the end, resuming from the newest whole checkpoint in `run_dir/checkpoints`.
 
     Every worker calls this inside an initialised `torch.distributed` process group, with the same arguments.
@@ -62,23 +72,44 @@ def run_training(
         cfg: The run's config.
         run_dir: Run folder on storage that all workers share.
         report: Called by every worker with the metrics of each evaluation (`ray.train.report`).
+        evicted: Whether this worker's machine is about to be taken away; asked before every step. The loop then
+            saves a checkpoint, once, and goes on.
 
     Returns:
-        Metrics of the last evaluation, the best value of the selection metric and the counts of the run.
+        Metrics of the last evaluation, the best value of the selection metric and the counts of the run;
+        `None` if the run was asked to stop (`stopping.request_stop`) and has done so after a checkpoint.
 
     Raises:
         NonFiniteLossError: The loss is NaN or infinite.
         CheckpointError: A checkpoint can't be written, or none of those there can be used.
     """
-    return _Loop(task, cfg, run_dir, report or (lambda _: None)).run()
+    return _Loop(task, cfg, run_dir, report, evicted).run()
+
+
+@dataclass(frozen=True)
+class _Agreed:
+    """Sums over all workers before a step: of the step's batch, and of the workers that say yes."""
+
+    weight: float
+    tokens: float
+    examples: float
+    written: float
+    stop: float
+    evicted: float
 
 
 class _Loop:
-    def __init__(self, task: Task, cfg: TrainingConfig, run_dir: Path, report: Report) -> None:
-        self.task, self.cfg, self.report = task, cfg, report
+    def __init__(
+        self,
+        task: Task,
+        cfg: TrainingConfig,
+        run_dir: Path,
+        report: Report,
+        evicted: Callable[[], bool],
+    ) -> None:
+        self.task, self.cfg, self.report, self.evicted = task, cfg, report, evicted
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
-        self.checkpoints, self.model_dir = run_dir / "checkpoints", run_dir / "model"
-        self.config_hash = config_hash(cfg, exclude=[*FREE_ON_RESUME])
+        self.run_dir, self.model_dir = run_dir, run_dir / "model"
         self.metric = cfg.train.metric or task.metric
         self.mode = task.mode
         self.sampler = BatchSampler(
@@ -99,18 +130,26 @@ class _Loop:
                 gradient_checkpointing_kwargs={"use_reentrant": False}
             )
         self.engine = build_engine(model, cfg, total_steps=self.steps)
-        if self.rank == 0:
-            clean_partial(self.checkpoints)
-        self.state = (
-            restore_checkpoint(self.engine, self.checkpoints, config_hash=self.config_hash) or LoopState()
+        self.checkpointer = Checkpointer(
+            self.engine,
+            run_dir / "checkpoints",
+            config_hash=config_hash(cfg, exclude=[*FREE_ON_RESUME]),
+            keep=cfg.train.keep_checkpoints,
         )
+        self.state = self.checkpointer.restore() or LoopState()
+        self.saved_for_eviction = False
         self.sink = MetricsSink(run_dir, cfg.tracking, self.state.step) if self.rank == 0 else None
 
-    def run(self) -> dict[str, float]:
+    def run(self) -> dict[str, float] | None:
         try:
             with ThreadPoolExecutor(1) as pool:
                 for batches in self._prefetch(pool):
-                    self._train_step(batches)
+                    agreed = self._agree(batches)
+                    if agreed.written == self.world_size or agreed.stop or agreed.evicted:
+                        self._mind_checkpoints(agreed)
+                    if agreed.stop:
+                        return None
+                    self._train_step(batches, agreed)
                     if self._at(self.eval_every) and self._evaluate_and_keep():
                         logger.info(
                             "Stopped early: %d evaluations without a better %s.",
@@ -118,10 +157,12 @@ class _Loop:
                             self.metric,
                         )
                         break
+            self.checkpointer.finish()
             if self.state.best is None or self.cfg.train.keep_model == "last":
                 self._export()
             return self._summary()
         finally:
+            self.checkpointer.close()
             if self.sink:
                 self.sink.close()
 
@@ -142,14 +183,33 @@ class _Loop:
             upcoming = pool.submit(collate, following) if following < self.steps else None
             yield batches
 
-    def _train_step(self, batches: list[Batch]) -> None:
+    def _agree(self, batches: list[Batch]) -> _Agreed:
+        mine = _Agreed(
+            weight=sum(b.weight for b in batches),
+            tokens=sum(b.tokens for b in batches),
+            examples=sum(len(b.ids) for b in batches),
+            written=self.checkpointer.written,
+            # One worker looks: the file may reach the machines of the others a moment later.
+            stop=self.rank == 0 and stop_requested(self.run_dir),
+            evicted=self.evicted(),
+        )
+        return _Agreed(*self._sum_over_workers(list(vars(mine).values())).tolist())
+
+    def _mind_checkpoints(self, agreed: _Agreed) -> None:
+        """Make the one that all workers have written valid; save one now if the workers are about to end."""
+        if agreed.stop or (agreed.evicted and not self.saved_for_eviction):
+            self.checkpointer.begin(self.state)
+            self.saved_for_eviction = bool(agreed.evicted)
+            if self.rank == 0:
+                reason = "Asked to stop" if agreed.stop else "A machine of this run is about to be taken away"
+                logger.info("%s: a checkpoint is saved at step %d.", reason, self.state.step)
+        self.checkpointer.finish()
+
+    def _train_step(self, batches: list[Batch], agreed: _Agreed) -> None:
         started = time.perf_counter()
         seed_step(self.cfg.train.seed, step=self.state.step, rank=self.rank)
         self.engine.train()
-        counts = self._sum_over_workers(
-            [sum(b.weight for b in batches), sum(b.tokens for b in batches), sum(len(b.ids) for b in batches)]
-        )
-        weight, tokens, examples = counts.tolist()
+        weight = agreed.weight
         if weight == 0:
             raise ValueError(f"Step {self.state.step}: no example of the batch has a target; check `data`.")
         sums: dict[str, torch.Tensor] = {}
@@ -165,9 +225,9 @@ class _Loop:
         rate = self.engine.get_lr()[0]
         self.engine.step()
         self.state.step += 1
-        self.state.examples += int(examples)
-        self.state.tokens += int(tokens)
-        self._log_step(means, rate, tokens, time.perf_counter() - started)
+        self.state.examples += int(agreed.examples)
+        self.state.tokens += int(agreed.tokens)
+        self._log_step(means, rate, agreed.tokens, time.perf_counter() - started)
 
     def _log_step(self, means: dict[str, float], rate: float, tokens: float, seconds: float) -> None:
         window = self.state.window
@@ -199,13 +259,7 @@ class _Loop:
             self.report({"step": self.state.step, **metrics})
         stop = self.cfg.train.patience is not None and self.state.stale >= self.cfg.train.patience
         if stop or self._at(self.checkpoint_every):
-            save_checkpoint(
-                self.engine,
-                self.checkpoints,
-                self.state,
-                config_hash=self.config_hash,
-                keep=self.cfg.train.keep_checkpoints,
-            )
+            self.checkpointer.begin(self.state)
         return stop
 
     def _note_best(self, metrics: dict[str, float]) -> None:
@@ -235,6 +289,7 @@ class _Loop:
         return total
 
     def _stop_at_non_finite(self, loss: float, batches: list[Batch]) -> None:
+        self.checkpointer.finish()
         everyone: list[Any] = [None] * self.world_size
         dist.all_gather_object(everyone, [i for batch in batches for i in batch.ids])
         ids = [i for part in everyone for i in part]

@@ -191,7 +191,7 @@ def trials_at_once(section: RaySection) -> int:
     need = {"CPU": section.cpus_per_worker} | ({"GPU": 1.0} if wants_gpu(section) else {})
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     workers = sum(min(int(node.get(name, 0) // amount) for name, amount in need.items()) for node in nodes)
-    return workers // section.num_workers
+    return workers // section.max_workers
 
 
 def evaluations(train: TrainSection) -> int | None:

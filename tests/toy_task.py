@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 import tempfile
-from collections.abc import Callable
+import time
+import zlib
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -13,34 +17,47 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from eagleray.jobs.language_model import LanguageModelTask
+from eagleray.jobs.launch import clean_exit, configure_logging
 from eagleray.platform.config import load_config
 from eagleray.platform.data.examples import write_examples
+from eagleray.platform.launch import TrainedRun, train
 from eagleray.platform.pretrained import add_lora, load_pretrained
 from eagleray.platform.sections import ModelSection, TrainingConfig
+from eagleray.platform.stopping import request_stop
+from eagleray.platform.task import Batch
 
 VOCABULARY = 64
 
 
 class ToyConfig(TrainingConfig):
-    """The loop's config and one switch."""
+    """The loop's config and two switches."""
 
     dropout: float = 0.0
+    pause_s: float = 0.0
+    """Sleep of every forward pass, so that there is time to disturb a run."""
 
 
 class ToyTask(LanguageModelTask):
-    """Learns to count upwards modulo the vocabulary; a test may let one call of the loss fail, or start from a saved model."""
+    """Learns to count upwards modulo the vocabulary; a test may let one call of the loss fail or ask to stop, or start
+    from a saved model.
+
+    The metric `order` is a checksum of which example stood where in the batch of a step: two runs that log the
+    same saw the same samples in the same order.
+    """
 
     nan_at_call: ClassVar[int | None] = None
     crash_at_call: ClassVar[int | None] = None
+    stop_at_call: ClassVar[int | None] = None
     start: ClassVar[str | None] = None
 
     def __init__(self, cfg: ToyConfig, data_dir: Path) -> None:
         super().__init__(cfg, data_dir)
-        self.cfg = cfg
+        self.cfg, self.run_dir = cfg, data_dir.parent
         self.calls = 0
 
     def build_model(self) -> nn.Module:
@@ -62,11 +79,21 @@ class ToyTask(LanguageModelTask):
         )
         return add_lora(LlamaForCausalLM(config), self.cfg.lora, task_type="CAUSAL_LM")
 
+    def train_batch(self, indices: Sequence[int]) -> Batch:
+        batch = super().train_batch(indices)
+        places = [(place + 1) * zlib.crc32(name.encode()) for place, name in enumerate(batch.ids)]
+        return replace(batch, tensors={**batch.tensors, "order": torch.tensor(float(sum(places) % 2**40))})
+
     def loss(self, model: nn.Module, tensors: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         call, self.calls = self.calls, self.calls + 1
         if call == self.crash_at_call:
             raise ConnectionError("injected crash")
-        total, further = super().loss(model, tensors)
+        if call == self.stop_at_call:
+            request_stop(self.run_dir)
+        time.sleep(self.cfg.pause_s)
+        tensors = dict(tensors)
+        further = {"order": tensors.pop("order").double()}
+        total, _ = super().loss(model, tensors)
         return (total * float("nan") if call == self.nan_at_call else total), further
 
     def save_extras(self, path: Path) -> None:
@@ -117,3 +144,41 @@ def _worker(
     # down aborts the process ("terminate called without an active exception"), so leave without shutting down.
     sys.stdout.flush()
     os._exit(0)
+
+
+def train_toy(run_dir: Path, *overrides: str) -> TrainedRun:
+    """The toy task through Ray."""
+    cfg = toy_config(f"run.dir={run_dir}", *overrides)
+    return train(ToyTask, cfg, job="toy", prepare=lambda run: write_toy_data(run.data))
+
+
+def toy_command(run_dir: Path, *overrides: str) -> tuple[list[str], dict[str, str]]:
+    """Command line and environment of a driver process that trains the toy task."""
+    tests = Path(__file__).resolve().parent
+    path = os.pathsep.join([str(tests.parent), str(tests)])
+    return [sys.executable, "-m", "toy_task", str(run_dir), *overrides], {**os.environ, "PYTHONPATH": path}
+
+
+def read_run(run_dir: Path) -> tuple[list[dict[str, float]], dict[str, Tensor]]:
+    """All metrics of a run but those of the clock, and its final weights."""
+    records = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    clock = ("time", "tokens_per_s", "step_s")
+    weights = load_file(run_dir / "model" / "model.safetensors")
+    return [{k: v for k, v in record.items() if k not in clock} for record in records], weights
+
+
+def assert_identical(run_dir: Path, other: Path) -> None:
+    """Same samples in the same order, same metrics and same weights, bit for bit."""
+    (records, weights), (other_records, other_weights) = read_run(run_dir), read_run(other)
+    assert records == other_records
+    assert weights.keys() == other_weights.keys()
+    for name, weight in weights.items():
+        assert torch.equal(weight, other_weights[name]), name
+
+
+if __name__ == "__main__":
+    import toy_task  # under its own name: Ray's workers know no `__main__` of this process
+
+    configure_logging()
+    with clean_exit():
+        toy_task.train_toy(Path(sys.argv[1]), *sys.argv[2:])

@@ -177,7 +177,7 @@ class _Demo:
         return {"served_score": served["p_a"], "offline_score": offline.p_a, "pair": pair}
 
     def _train(self, stage: str, job: Any, steps: int, *, lr: float, **values: Any) -> None:
-        workers = self.cfg.ray.num_workers
+        workers = self.cfg.ray.max_workers
         train = {
             "batch_size": 16 * workers,
             "micro_batch_size": 16,

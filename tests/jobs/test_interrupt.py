@@ -1,73 +1,78 @@
-"""Ctrl-C in a real training run: exit code 130, a resumable folder, and the same result in the end."""
+"""A driver that is stopped or killed: exit code, a resumable folder, and the same result in the end."""
 
 from __future__ import annotations
 
 import json
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
-import yaml
+from toy_task import ToyTask, assert_identical, run_workers, toy_command, toy_config, write_toy_data
 
-from eagleray.models.gram.synthetic import make_corpus
+from eagleray.platform.training import run_training
 
 pytestmark = pytest.mark.ray
 
-
-def _start(config: Path, run_dir: Path) -> subprocess.Popen[str]:
-    command = [
-        sys.executable,
-        "-m",
-        "eagleray.jobs.backbone.pretrain",
-        "--config",
-        str(config),
-        f"run.dir={run_dir}",
-    ]
-    return subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+RUN = ["train.max_steps=240", "train.eval_every=40", "dropout=0.2"]
+PAUSE = "pause_s=0.02"
 
 
-def test_ctrl_c_leaves_a_run_that_resumes(tmp_path: Path) -> None:
-    (tmp_path / "corpus.txt").write_text(make_corpus(40_000, seed=0))
-    config = tmp_path / "config.yaml"
-    values = {
-        "job": "backbone.pretrain",
-        "backbone": {"vocab_size": 400, "width": 32, "layers": 2, "heads": 2},
-        "data": {"paths": [str(tmp_path / "corpus.txt")]},
-        "block_length": 32,
-        "train": {
-            "batch_size": 8,
-            "micro_batch_size": 8,
-            "max_steps": 400,
-            "eval_every": 20,
-            "log_every": 20,
-        },
-        "tracking": {"tensorboard": False},
-    }
-    config.write_text(yaml.safe_dump(values))
+def _undisturbed(rank: int, folder: str) -> None:
+    write_toy_data(Path(folder) / "data")
+    cfg = toy_config(*RUN)
+    assert run_training(ToyTask(cfg, Path(folder) / "data"), cfg, Path(folder))
+
+
+def _steps(run_dir: Path) -> list[int]:
+    metrics = run_dir / "metrics.jsonl"
+    if not metrics.exists():
+        return []
+    whole = [line for line in metrics.read_text().splitlines(keepends=True) if line.endswith("\n")]
+    return [json.loads(line)["step"] for line in whole]
+
+
+def _disturb(run_dir: Path, number: signal.Signals) -> tuple[int, str, dict[str, Any]]:
+    """Start a driver, send it a signal once it has trained ten more steps; exit code, messages, manifest."""
+    command, environment = toy_command(run_dir, *RUN, PAUSE)
+    before = max(_steps(run_dir), default=0)
+    driver = subprocess.Popen(
+        command, env=environment, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True
+    )
+    deadline = time.monotonic() + 240
+    while max(_steps(run_dir), default=0) < before + 10:
+        assert driver.poll() is None and time.monotonic() < deadline, driver.communicate()[1]
+        time.sleep(0.02)
+    driver.send_signal(number)
+    _, messages = driver.communicate(timeout=240)
+    return driver.returncode, messages, json.loads((run_dir / "manifest.json").read_text())
+
+
+def test_a_driver_is_interrupted_terminated_and_killed(tmp_path: Path) -> None:
+    """Ctrl-C, then SIGTERM, then SIGKILL, then the end: bit-identical to a run that nobody disturbed.
+
+    Ctrl-C and SIGTERM lose no step: the checkpoint is that of the last step that was logged.
+    """
     run_dir = tmp_path / "run"
-    first = _start(config, run_dir)
-    deadline = time.monotonic() + 120
-    while not (run_dir / "checkpoints" / "step-00000020").exists() and time.monotonic() < deadline:
-        assert first.poll() is None, first.communicate()[1]
-        time.sleep(0.05)
-    first.send_signal(signal.SIGINT)
-    _, messages = first.communicate(timeout=120)
-    assert first.returncode == 130, messages
-    assert "resume the run with" in messages and f"run.dir={run_dir}" in messages
-    manifest = json.loads((run_dir / "manifest.json").read_text())
-    assert manifest["status"] == "interrupted"
-    done = [json.loads(line)["step"] for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    assert done and max(done) < 400
+    for number, code in ((signal.SIGINT, 130), (signal.SIGTERM, 143)):
+        returned, messages, manifest = _disturb(run_dir, number)
+        assert returned == code, messages
+        assert manifest["status"] == manifest["attempts"][-1]["status"] == "interrupted"
+        assert f"{number.name}: the run saves a checkpoint at its next step and stops" in messages
+        assert "resume the run with" in messages and f"run.dir={run_dir}" in messages
+        newest = max(path.name for path in (run_dir / "checkpoints").iterdir())
+        assert newest == f"step-{max(_steps(run_dir)):08d}"
+    returned, _, manifest = _disturb(run_dir, signal.SIGKILL)
+    assert returned == -signal.SIGKILL
+    assert manifest["status"] == "running", "nobody was left to say otherwise"
 
-    second = _start(config, run_dir)
-    _, messages = second.communicate(timeout=240)
-    assert second.returncode == 0, messages
+    command, environment = toy_command(run_dir, *RUN, PAUSE)
+    done = subprocess.run(command, check=False, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
     manifest = json.loads((run_dir / "manifest.json").read_text())
-    assert manifest["status"] == "finished" and len(manifest["attempts"]) == 2
-    steps = [json.loads(line)["step"] for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    assert (
-        steps == sorted(steps) and steps[-1] == 400 and len(steps) == 2 * 20
-    )  # one train and one eval line each
+    statuses = [attempt["status"] for attempt in manifest["attempts"]]
+    assert statuses == ["interrupted", "interrupted", "killed", "finished"]
+    run_workers(_undisturbed, 1, str(tmp_path / "whole"))
+    assert_identical(run_dir, tmp_path / "whole")

@@ -123,7 +123,14 @@ def test_resume_with_another_config_names_the_keys(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "override", ["run.note=again", "tracking.tensorboard=false", "ray.address=auto", "ray.max_failures=3"]
+    "override",
+    [
+        "run.note=again",
+        "tracking.tensorboard=false",
+        "ray.address=auto",
+        "ray.max_failures=3",
+        "ray.num_workers=2",
+    ],
 )
 def test_keys_that_may_differ_on_resume(tmp_path: Path, override: str) -> None:
     assert any(override.startswith(key) for key in FREE_ON_RESUME)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -12,13 +13,14 @@ from safetensors.torch import load_file
 from toy_task import ToyTask, run_workers, toy_config, write_toy_data
 
 from eagleray.platform.checkpoints import CheckpointError
+from eagleray.platform.stopping import withdraw_stop
 from eagleray.platform.training import NonFiniteLossError, run_training, seed_step, total_steps
 
 pytestmark = pytest.mark.ray  # several processes
 CLOCK = ("time", "tokens_per_s", "step_s")
 
 
-def _train(run_dir: Path, *overrides: str) -> dict[str, float]:
+def _train(run_dir: Path, *overrides: str) -> dict[str, float] | None:
     if dist.get_rank() == 0 and not (run_dir / "data").exists():
         write_toy_data(run_dir / "data")
     dist.barrier()
@@ -102,6 +104,34 @@ def test_resumed_run_is_bit_identical(tmp_path: Path, stage: int) -> None:
         assert torch.equal(weight, _weights(tmp_path / "broken")[name]), name
 
 
+def _stop_after(rank: int, runs: dict[str, list[str]], calls: int | None) -> None:
+    """Train until the loss was computed `calls` times; `None`: to the end."""
+    for folder, overrides in runs.items():
+        withdraw_stop(Path(folder))
+        dist.barrier()
+        ToyTask.stop_at_call = calls
+        finished = _train(Path(folder), *overrides)
+        assert (finished is None) == (calls is not None)
+
+
+def test_another_number_of_workers_goes_on(tmp_path: Path) -> None:
+    """2 workers, then 1, then 2, under every ZeRO stage: the loss is that of one run to 1e-4.
+
+    Weight decay tells whether biases still have none, and seven steps after a change whether Adam's step counter
+    is right: with the counters of two parameter groups shared the loss was off by more within five steps.
+    """
+    common = ["optim.eps=0.001", "optim.weight_decay=0.3", "train.keep_model=last"]
+    two = [*common, "ray.num_workers=2", "train.micro_batch_size=4"]
+    stages = [f"deepspeed.zero_stage={stage}" for stage in range(4)]
+    for workers, calls, split in ((2, 3, two), (1, 4, [*common, "ray.num_workers=1"]), (2, None, two)):
+        runs = {str(tmp_path / stage): [stage, *split] for stage in stages}
+        run_workers(_stop_after, workers, runs, calls)
+    run_workers(_each, 2, {str(tmp_path / "whole"): two})
+    for stage in stages:
+        _assert_same_run(tmp_path / "whole", tmp_path / stage, atol=1e-4)
+    assert not list(tmp_path.rglob("*universal*")), "converted copies are gone"
+
+
 def _faults(rank: int, root: str) -> None:
     run, every = Path(root, "run"), "train.eval_every=3"
     ToyTask.nan_at_call = 7
@@ -114,18 +144,21 @@ def _faults(rank: int, root: str) -> None:
 
     # A half-written checkpoint is never used; a damaged one is passed over for the one before.
     (run / "checkpoints" / "step-00000009.partial").mkdir()
-    _truncate(run / "checkpoints" / "step-00000006")
+    _shard(run, 6).write_bytes(_shard(run, 6).read_bytes()[:-100])
     _train(run, every)
     assert sorted(p.name for p in (run / "checkpoints").iterdir()) == ["step-00000009", "step-00000012"]
-    for name in ("step-00000009", "step-00000012"):
-        _truncate(run / "checkpoints" / name)
-    with pytest.raises(CheckpointError, match=r"step-00000012: .*model_states.pt is damaged.*step-00000009"):
+    flipped = bytearray(_shard(run, 9).read_bytes())
+    flipped[len(flipped) // 2] ^= 1
+    _shard(run, 9).write_bytes(flipped)
+    _shard(run, 12).unlink()
+    with pytest.raises(
+        CheckpointError, match=r"step-00000012: .*states.pt is missing; step-00000009: .*states.pt is damaged"
+    ):
         _train(run, every)
 
 
-def _truncate(checkpoint: Path) -> None:
-    shard = checkpoint / "state" / "mp_rank_00_model_states.pt"
-    shard.write_bytes(shard.read_bytes()[:-100])
+def _shard(run: Path, step: int) -> Path:
+    return run / "checkpoints" / f"step-{step:08d}" / "state" / "mp_rank_00_model_states.pt"
 
 
 def test_faults_lose_nothing(tmp_path: Path) -> None:
@@ -135,27 +168,33 @@ def test_faults_lose_nothing(tmp_path: Path) -> None:
 
 
 def _full_disk(rank: int, root: str) -> None:
-    original = torch.save
+    run, sync = Path(root, "run"), os.fsync
 
-    def no_space(*args: object, **kwargs: object) -> None:
-        raise OSError(28, "No space left on device")
+    def no_space(descriptor: int) -> None:
+        if _shard(run, 4).exists():
+            raise OSError(28, "No space left on device")
+        sync(descriptor)
 
-    torch.save = no_space
-    with pytest.raises(CheckpointError, match=r"step 4 could not be written.*No space left.*make room"):
-        _train(Path(root, "other"), "train.max_steps=4")
-    torch.save = original
-    assert not list(Path(root, "other", "checkpoints").iterdir())
+    os.fsync = no_space
+    with pytest.raises(CheckpointError, match=r"step 8 could not be written.*No space left.*make room"):
+        _train(run)
+    os.fsync = sync
+    assert [p.name for p in (run / "checkpoints").iterdir()] == ["step-00000004"]
+    _train(run)
+    _train(Path(root, "whole"))
 
 
 def test_full_disk_while_saving(tmp_path: Path) -> None:
+    """The writing thread's error ends the run; the checkpoint before is whole, and the run goes on from it."""
     run_workers(_full_disk, 1, str(tmp_path))
+    _assert_same_run(tmp_path / "run", tmp_path / "whole", atol=0.0)
 
 
 def _variants(rank: int, root: str) -> None:
     early = _train(Path(root, "early"), "train.patience=1", "optim.lr=0.000000001", "train.eval_every=2")
-    assert early["steps"] < 12
+    assert early and early["steps"] < 12
     lora = _train(Path(root, "lora"), "lora={rank: 4}", "train.max_steps=4")
-    assert lora["steps"] == 4
+    assert lora and lora["steps"] == 4
     _train(Path(root, "bf16"), "train.precision=bf16", "deepspeed.zero_stage=2", "train.max_steps=4")
     _train(Path(root, "gc"), "train.gradient_checkpointing=true")
     with pytest.raises(ValueError, match="needs a GPU"):
