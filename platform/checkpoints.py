@@ -117,6 +117,23 @@ def restore_checkpoint(engine: Any, root: Path, *, config_hash: str) -> LoopStat
     return None
 
 
+def start_from_checkpoint(engine: Any, path: Path) -> LoopState:
+    """Load a checkpoint of another run into a fresh engine; a collective call.
+
+    Returns:
+        How far the other run was. What it held for its best model is left behind: that lies in its own folder.
+
+    Raises:
+        CheckpointError: The checkpoint is missing, damaged or of another shape.
+    """
+    problem = _problem(path, engine, config_hash=None)
+    if problem is not None:
+        raise CheckpointError(f"`train.start_from` is {path}, which cannot be used: {problem}.")
+    engine.load_checkpoint(str(path), tag=_STATE)
+    loop = json.loads((path / _MANIFEST).read_text())["loop"]
+    return LoopState(**{name: loop[name] for name in ("step", "examples", "tokens")})
+
+
 def clean_partial(root: Path) -> None:
     """Remove what a killed run left half-written."""
     for path in root.glob(f"step-*{_PARTIAL}"):
@@ -127,13 +144,13 @@ def _complete(root: Path) -> list[Path]:
     return sorted(p for p in root.glob("step-*") if p.is_dir() and not p.name.endswith(_PARTIAL))
 
 
-def _problem(path: Path, engine: Any, config_hash: str) -> str | None:
+def _problem(path: Path, engine: Any, config_hash: str | None) -> str | None:
     """Why a checkpoint can't be used, agreed among all workers; each checks its share of the hashes."""
     try:
         manifest = json.loads((path / _MANIFEST).read_text())
     except (OSError, ValueError):
         return f"{_MANIFEST} is missing or unreadable"
-    if manifest["config_hash"] != config_hash:
+    if config_hash is not None and manifest["config_hash"] != config_hash:
         return "it belongs to a run with another config"
     world, stage = dist.get_world_size(), engine.zero_optimization_stage()
     if stage > 0 and (manifest["world_size"], manifest["zero_stage"]) != (world, stage):
