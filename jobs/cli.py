@@ -17,7 +17,7 @@ import eagleray
 from eagleray.jobs import display
 from eagleray.jobs.launch import clean_exit, configure_logging, start
 from eagleray.jobs.registry import job_name, load_job
-from eagleray.platform.config import json_schema, load_config
+from eagleray.platform.config import ConfigError, json_schema, load_config
 from eagleray.platform.history import compare_runs, list_runs, load_run
 
 app = typer.Typer(
@@ -72,26 +72,56 @@ def train(config: ConfigFile, overrides: Overrides = None) -> None:
 
 @app.command("sweep")
 def sweep(
-    space: Annotated[str, typer.Argument(metavar="SPACE", help="What to vary, e.g. label_smoothing.")],
-    config: Annotated[Path, typer.Option(help="Config file of the training job that every trial runs.")],
+    space: Annotated[
+        str | None, typer.Argument(metavar="SPACE", help="What to vary, e.g. label_smoothing or optim.")
+    ] = None,
     overrides: Overrides = None,
+    config: Annotated[
+        Path | None, typer.Option(help="Config file of the training job that every trial runs.")
+    ] = None,
     search: Annotated[
         str | None, typer.Option(help="grid, random or optuna; grid, or random with --num-samples.")
     ] = None,
-    scheduler: Annotated[str, typer.Option(help="none, or asha to stop bad trials early.")] = "none",
+    scheduler: Annotated[
+        str,
+        typer.Option(help="none, asha to stop bad trials early, or pbt to have them go on from good ones."),
+    ] = "none",
     num_samples: Annotated[int | None, typer.Option(help="Points to try with random and optuna.")] = None,
+    perturb_every: Annotated[int | None, typer.Option(help="Steps between two exploits of pbt.")] = None,
     max_concurrent: Annotated[
         int | None, typer.Option(help="Trials at a time; default: what the cluster holds.")
     ] = None,
-    seeds: Annotated[str | None, typer.Option(help="Seeds to run each point with, e.g. 0,1,2.")] = None,
+    seeds: Annotated[
+        str, typer.Option(help="Seeds to run each point with: how many, or a list, e.g. 0,1,2.")
+    ] = "1",
+    objective: Annotated[
+        list[str] | None, typer.Option(help="metric:max or metric:min; the first selects. May be repeated.")
+    ] = None,
+    resume: Annotated[Path | None, typer.Option(help="Folder of a sweep that was cut short.")] = None,
 ) -> None:
     """Train over a space of config values; ends with a table and the best config as a file for `train`."""
-    from eagleray.jobs.sweep import main, parse_seeds, sweep_config  # Ray Tune takes seconds to import
+    from eagleray.jobs.sweep import (
+        main,
+        parse_seeds,
+        resumed_config,
+        sweep_config,
+    )  # Tune takes seconds to import
 
-    options = {"search": search, "scheduler": scheduler, "num_samples": num_samples}
-    options |= {"max_concurrent": max_concurrent, "seeds": parse_seeds(seeds)}
     with clean_exit():  # inside, because typer ends on Ctrl-C without a word
-        done = main(sweep_config(space, config, overrides or [], **options))
+        if resume is not None:
+            if space is not None or config is not None:
+                raise ConfigError(
+                    "`--resume` goes on with the sweep in its folder; give nothing else with it."
+                )
+            cfg = resumed_config(resume)
+        elif space is None or config is None:
+            raise ConfigError("A sweep needs a SPACE and `--config`, or `--resume` with the folder of one.")
+        else:
+            options = {"search": search, "scheduler": scheduler, "num_samples": num_samples}
+            options |= {"perturb_every": perturb_every, "max_concurrent": max_concurrent}
+            options |= {"seeds": parse_seeds(seeds), "objectives": objective or []}
+            cfg = sweep_config(space, config, overrides or [], **options)
+        done = main(cfg)
     typer.echo(f"{done.table}\nTrain the best with: eagleray train {done.best}")
 
 

@@ -1,53 +1,45 @@
 """Sweep a training job over a space of `tune_spaces/` with Ray Tune.
 
     eagleray sweep label_smoothing --config configs/gram/finetune_tiny.yaml --scheduler asha
+    eagleray sweep --resume runs/sweep/20261120-101500-a1b2c3
 
-The sweep is a run like any other: its `config.yaml` repeats it with `eagleray train`. Beside that it leaves
-`table.md` and `table.csv` (best first), `report.json`, `plots/`, a run folder for each trial in `trials/`, and
-`best.yaml`, which `eagleray train` runs as it is.
+The sweep is a run like any other: its `config.yaml` repeats it with `eagleray train`, and a sweep that was cut
+short goes on where it was. It leaves tables (best first), `report.json`, `plots/`, a run folder for each trial in
+`trials/`, and `best.yaml`, which `eagleray train` runs as it is.
 """
 
 from __future__ import annotations
 
 import difflib
 import importlib
+import json
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, PositiveInt, model_validator
 
-from eagleray.jobs.registry import job_name, load_job
-from eagleray.platform import storage
-from eagleray.platform.cluster import check_placement, connected
-from eagleray.platform.config import ConfigError, load_config, to_yaml, validate_config
-from eagleray.platform.runs import RunFolder, RunInterrupted
-from eagleray.platform.sections import JobConfig, TrainingConfig
-from eagleray.platform.sweep_plots import plot_by_value, plot_over_time
-from eagleray.platform.sweep_results import (
-    PointResult,
-    TrialRecord,
-    rank_points,
-    read_trial,
-    table_rows,
-    to_csv,
-    to_markdown,
-)
-from eagleray.platform.tuning import (
-    SEED_KEY,
+from eagleray.jobs.registry import Job, job_name, load_job
+from eagleray.platform.cluster import check_placement, connected, describe_needs
+from eagleray.platform.config import ConfigError, load_config, validate_config
+from eagleray.platform.population import Population, check_population, run_population, segment_ends
+from eagleray.platform.runs import CONFIG_FILE, RunFolder
+from eagleray.platform.sections import JobConfig, TrainingConfig, TrainSection
+from eagleray.platform.space import (
+    Objective,
     SchedulerName,
     SearchName,
     Space,
     SweepPlan,
-    build_scheduler,
     check_space,
     number_of_trials,
-    run_trials,
-    trial_config,
-    trials_at_once,
 )
+from eagleray.platform.sweep_report import write_best, write_results
+from eagleray.platform.sweep_results import PointResult, TrialRecord, join_segments, rank_points, read_trial
+from eagleray.platform.task import Task
+from eagleray.platform.tuning import build_scheduler, run_trials
 
 logger = logging.getLogger(__name__)
 
@@ -55,8 +47,9 @@ JOB = "sweep"
 
 SPACES = {
     "label_smoothing": "eagleray.tune_spaces.label_smoothing",
+    "optim": "eagleray.tune_spaces.optim",
 }
-"""Space name -> module with `space(search)`, `METRIC`, `MODE` and `CURVES`."""
+"""Space name -> module with `space(search)` and, unless the job's own metric selects, `METRIC`, `MODE`, `CURVES`."""
 
 _RANDOM_SAMPLES = 10
 
@@ -73,13 +66,20 @@ class Config(JobConfig):
     """`grid`: each value of the space once. `random`, `optuna`: values from its ranges, blindly or guided by the
     results so far. Default: grid, or random if `num_samples` is given."""
     scheduler: SchedulerName = "none"
-    """`asha` ends the worse half of the trials at the 1st, 2nd, 4th, 8th, ... evaluation."""
+    """`asha` ends the worse half of the trials at the 1st, 2nd, 4th, 8th, ... evaluation. `pbt`: the worse quarter goes
+    on from the better quarter with changed values, again and again."""
+    perturb_every: int | None = Field(default=None, ge=1)
+    """Optimiser steps after which `pbt` does so; default: a quarter of the run."""
+    objectives: tuple[str, ...] = ()
+    """What is wanted, each `metric:max` or `metric:min`; the first selects. With several, the points that no other
+    beats in everything are told too. Default: the metric of the space, or of the job."""
     num_samples: int | None = Field(default=None, ge=1)
     """Points to try with random and optuna; default: 10."""
     max_concurrent: int | None = Field(default=None, ge=1)
     """Trials at a time; default: as many as the cluster holds."""
-    seeds: tuple[int, ...] | None = Field(default=None, min_length=1)
-    """Seeds to run each point with; its result is their mean. Default: the config's own seed."""
+    seeds: PositiveInt | Annotated[tuple[int, ...], Field(min_length=1)] = 1
+    """Seeds to run each point with, as a list or as a number of seeds from the config's own on; a point's result is
+    their mean."""
 
     @property
     def chosen_search(self) -> SearchName:
@@ -90,17 +90,21 @@ class Config(JobConfig):
     def _options_fit(self) -> Config:
         if self.chosen_search == "grid" and self.num_samples is not None:
             raise ValueError("`num_samples` has no meaning for a grid; give `seeds` to repeat its points")
-        if self.seeds is not None and len(set(self.seeds)) < len(self.seeds):
+        if isinstance(self.seeds, tuple) and len(set(self.seeds)) < len(self.seeds):
             raise ValueError("`seeds` has the same seed twice, which would give the same run twice")
-        if self.seeds is not None and len(self.seeds) > 1:
+        if (self.seeds if isinstance(self.seeds, int) else len(self.seeds)) > 1:
             if self.chosen_search == "optuna":
                 raise ValueError(
                     "optuna looks at single runs; give one seed, or take `search` grid or random"
                 )
-            if self.scheduler == "asha":
+            if self.scheduler != "none":
                 raise ValueError(
                     "a mean over seeds needs whole runs; give one seed, or take `scheduler` none"
                 )
+        if self.scheduler == "pbt" and self.chosen_search == "optuna":
+            raise ValueError("`scheduler` pbt finds its points itself; take `search` grid or random")
+        if self.scheduler != "pbt" and self.perturb_every is not None:
+            raise ValueError("`perturb_every` is for `scheduler` pbt only")
         return self
 
 
@@ -129,8 +133,8 @@ def sweep_config(space: str, path: Path, overrides: Sequence[str], **options: An
         ConfigError: Something is unknown or does not fit together.
     """
     base = load_config(load_job(job_name(path)).Config, path, overrides)
-    varied = load_space(space, "grid").domains
-    taken = [key for key in (text.partition("=")[0] for text in overrides) if key in varied]
+    domains = _space_module(space).space("grid")
+    taken = [key for key in (text.partition("=")[0] for text in overrides) if key in domains]
     if taken:
         raise ConfigError(f"`{taken[0]}` is set by the space `{space}`; remove it from the command line.")
     trial = base.model_dump(mode="json")
@@ -138,41 +142,73 @@ def sweep_config(space: str, path: Path, overrides: Sequence[str], **options: An
     return validate_config(Config, values, "command line")
 
 
-def parse_seeds(text: str | None) -> list[int] | None:
-    """Seeds from the command line: whole numbers with commas between them."""
-    if text is None:
-        return None
+def resumed_config(folder: Path) -> Config:
+    """The sweep that a folder holds, to go on with it there.
+
+    Raises:
+        ConfigError: The folder holds no sweep.
+    """
+    path = folder / CONFIG_FILE
+    if not path.is_file() or job_name(path) != JOB:
+        raise ConfigError(f"{folder} holds no sweep; give the run folder of one, by default in runs/{JOB}/.")
+    return load_config(Config, path, [f"run.dir={json.dumps(str(folder))}"])
+
+
+def parse_seeds(text: str) -> int | list[int]:
+    """Seeds from the command line: how many, or whole numbers with commas between them."""
     try:
-        return [int(part) for part in text.split(",")]
+        seeds = [int(part) for part in text.split(",")]
     except ValueError:
-        raise ConfigError(f"`--seeds` is {text!r}; it takes whole numbers with commas, e.g. 0,1,2.") from None
+        raise ConfigError(
+            f"`--seeds` is {text!r}; it takes a number of seeds, e.g. 3, or a list with commas, e.g. 0,1,2."
+        ) from None
+    return seeds if "," in text else seeds[0]
 
 
-def load_space(name: str, search: SearchName) -> Space:
+def load_space(name: str, search: SearchName, job: Job) -> Space:
     """Import a space.
+
+    Args:
+        name: Name of the space.
+        search: How its points are chosen.
+        job: The training job, whose own metric selects if the space names none.
 
     Raises:
         ConfigError: There is no such space.
     """
-    if name not in SPACES:
-        near = difflib.get_close_matches(name, SPACES, n=1)
-        hint = f" Did you mean `{near[0]}`?" if near else ""
-        raise ConfigError(f"There is no space `{name}`.{hint} The spaces are: {', '.join(sorted(SPACES))}.")
-    module = importlib.import_module(SPACES[name])
-    return Space(name, module.space(search), module.METRIC, module.MODE, module.CURVES)
+    module = _space_module(name)
+    domains, curves = module.space(search), getattr(module, "CURVES", ())
+    if hasattr(module, "METRIC"):
+        return Space(name, domains, module.METRIC, module.MODE, curves)
+    task = _task(job)
+    return Space(name, domains, task.metric, task.mode, curves)
 
 
 def main(cfg: Config) -> SweptRun:
     """Check everything, run the trials, write what came out."""
     plan = _plan(cfg)
     run = RunFolder.create(JOB, cfg)
-    try:
-        with run.recording():
-            return _sweep(plan, cfg, run)
-    except RunInterrupted:
-        raise KeyboardInterrupt(
-            f"the trials that finished lie in {run.path / 'trials'}; a sweep cannot be resumed, start a new one."
-        ) from None
+    with run.recording():
+        return _sweep(plan, cfg, run)
+
+
+def _space_module(name: str) -> Any:
+    if name not in SPACES:
+        near = difflib.get_close_matches(name, SPACES, n=1)
+        hint = f" Did you mean `{near[0]}`?" if near else ""
+        raise ConfigError(f"There is no space `{name}`.{hint} The spaces are: {', '.join(sorted(SPACES))}.")
+    return importlib.import_module(SPACES[name])
+
+
+def _task(job: Job) -> type[Task]:
+    """The task of a training job: the one that its module defines."""
+    members = vars(job).values()
+    (task,) = [
+        c
+        for c in members
+        if isinstance(c, type) and issubclass(c, Task) and c.__module__ == job.Config.__module__
+    ]
+    return task
 
 
 def _plan(cfg: Config) -> SweepPlan:
@@ -184,16 +220,16 @@ def _plan(cfg: Config) -> SweepPlan:
         raise ConfigError(f"`trial.job` is {name}, which does not train; a sweep is over a training job.")
     values = {**cfg.trial, "ray": cfg.ray.model_dump(mode="json")}
     base = validate_config(job.Config, values, "trial")
-    space = load_space(cfg.space, cfg.chosen_search)
-    if base.train.metric not in (None, space.metric):
-        raise ConfigError(
-            f"`train.metric` is {base.train.metric!r}, but the space `{space.name}` selects by {space.metric!r}. "
-            "Leave `train.metric` out: a trial should keep the model that the sweep judges it by."
-        )
+    space = load_space(cfg.space, cfg.chosen_search, job)
+    space = space.judged_by([Objective.parse(text) for text in cfg.objectives])
     check_space(space, job.Config, values, search=cfg.chosen_search)
+    values = _kept_alike(values, base.train, space, _task(job))
     build_scheduler(cfg.scheduler, base.train)  # refuses what it cannot work with, before anything starts
     samples = 1 if cfg.chosen_search == "grid" else cfg.num_samples or _RANDOM_SAMPLES
-    return SweepPlan(
+    seeds = cfg.seeds
+    if isinstance(seeds, int):
+        seeds = tuple(range(base.train.seed, base.train.seed + seeds))
+    plan = SweepPlan(
         main=job.main,
         config_class=job.Config,
         config=values,
@@ -201,40 +237,69 @@ def _plan(cfg: Config) -> SweepPlan:
         search=cfg.chosen_search,
         scheduler=cfg.scheduler,
         samples=samples,
-        seeds=cfg.seeds or (base.train.seed,),
+        seeds=seeds,
+        perturb_every=cfg.perturb_every,
     )
+    if cfg.scheduler == "pbt":
+        check_population(space, base.train, size=number_of_trials(plan))
+        segment_ends(base.train, cfg.perturb_every)
+    return plan
+
+
+def _kept_alike(
+    values: dict[str, Any], train: TrainSection, space: Space, task: type[Task]
+) -> dict[str, Any]:
+    """The trials' config, so that a trial keeps the model that the sweep judges it by."""
+    if train.metric not in (None, space.metric):
+        raise ConfigError(
+            f"`train.metric` is {train.metric!r}, but the sweep selects by {space.metric!r}. "
+            "Leave `train.metric` out: a trial should keep the model that the sweep judges it by."
+        )
+    if train.keep_model == "last" or (space.metric, space.mode) == (task.metric, task.mode):
+        return values
+    if space.mode != task.mode:
+        raise ConfigError(
+            f"The sweep selects by {space.metric}:{space.mode}, but this job can keep the model of the "
+            f"{task.mode} of a metric only. Set `train.keep_model=last`; then the last evaluation of a trial counts."
+        )
+    return {**values, "train": {**values.get("train", {}), "metric": space.metric}}
 
 
 def _sweep(plan: SweepPlan, cfg: Config, run: RunFolder) -> SweptRun:
-    if (run.path / "trials").exists():
-        raise ConfigError(
-            f"{run.path} holds the trials of an earlier attempt, and a sweep cannot be resumed. Set another `run.dir`."
-        )
     run.update_manifest(seeds={"sweep": list(plan.seeds)})
     with connected(cfg.ray):
-        check_placement(cfg.ray)
-        outcomes = run_trials(plan, run.path, max_concurrent=_concurrency(plan, cfg))
-    keep = validate_config(plan.config_class, plan.config, "trial").train.keep_model
-    trials = [read_trial(outcome, plan.space, keep=keep) for outcome in outcomes]
+        max_concurrent = _concurrency(plan, cfg)
+        trials = _run(plan, run, max_concurrent)
     for trial in trials:
         if trial.status == "failed":
             logger.warning("Trial %s failed: %s", trial.name, trial.error)
     results = rank_points(trials, plan.space)
     _tell_ties(results, plan.space)
-    table = _write_results(plan, cfg, run, trials, results)
-    return SweptRun(run.path, table, _write_best(plan, cfg, run, results[0]))
+    exploits = Population.load(run.path).exploits
+    table = write_results(plan, run, trials, results, exploits)
+    return SweptRun(run.path, table, write_best(plan, run, results[0]))
+
+
+def _run(plan: SweepPlan, run: RunFolder, max_concurrent: int) -> list[TrialRecord]:
+    keep = plan.train.keep_model
+    if plan.scheduler == "pbt":
+        trials = run_population(plan, run.path, max_concurrent=max_concurrent)
+        parts = [[read_trial(outcome, plan.space, keep=keep) for outcome in trial] for trial in trials]
+        return [join_segments(trial, plan.space, keep=keep) for trial in parts]
+    outcomes = run_trials(plan, run.path, max_concurrent=max_concurrent)
+    return [read_trial(outcome, plan.space, keep=keep) for outcome in outcomes]
 
 
 def _concurrency(plan: SweepPlan, cfg: Config) -> int:
-    fits, wanted = trials_at_once(cfg.ray), number_of_trials(plan)
+    """Trials at a time: what the empty cluster holds, unless the user says otherwise."""
+    fits, wanted = check_placement(cfg.ray), number_of_trials(plan)
     chosen = min(cfg.max_concurrent or fits, wanted)
     logger.info(
-        "%d trial(s), %d at a time; the cluster holds %d (%d worker(s) x %g CPU each).",
+        "%d trial(s), %d at a time; the cluster holds %d of %s each (what drives a trial takes no core).",
         wanted,
         chosen,
         fits,
-        cfg.ray.max_workers,
-        cfg.ray.cpus_per_worker,
+        describe_needs(cfg.ray),
     )
     if chosen > fits:
         logger.warning("`max_concurrent` is %d; trials beyond %d wait for the cluster to grow.", chosen, fits)
@@ -248,45 +313,6 @@ def _tell_ties(results: list[PointResult], space: Space) -> None:
         logger.warning(
             "%d points share the best %s, %g; the first of them is taken.", tied, space.metric, best
         )
-
-
-def _write_results(
-    plan: SweepPlan, cfg: Config, run: RunFolder, trials: list[TrialRecord], results: list[PointResult]
-) -> str:
-    space, rows = plan.space, table_rows(results, plan.space)
-    table = to_markdown(rows)
-    storage.write_text(run.path / "table.md", table)
-    storage.write_text(run.path / "table.csv", to_csv(rows))
-    run.plots.mkdir(exist_ok=True)
-    plot_over_time(trials, space, run.plots / f"{space.metric}_over_time.png")
-    for key in space.varied:
-        plot_by_value(results, space, key, space.curves or (space.metric,), run.plots / f"by_{key}.png")
-    run.write_report(
-        {
-            "best": {**results[0].point, **results[0].metrics},
-            "selected_by": {"metric": space.metric, "mode": space.mode},
-            "space": space.name,
-            "search": plan.search,
-            "scheduler": plan.scheduler,
-            "seeds": list(plan.seeds),
-            "count": {
-                status: sum(trial.status == status for trial in trials)
-                for status in ("finished", "stopped", "failed")
-            },
-            "table": rows,
-            "errors": {trial.name: trial.error for trial in trials if trial.error},
-        }
-    )
-    return table
-
-
-def _write_best(plan: SweepPlan, cfg: Config, run: RunFolder, best: PointResult) -> Path:
-    point = {**best.point, SEED_KEY: best.trials[0].seed}
-    cfg_best = trial_config(plan.config_class, plan.config, point, source="best point")
-    path = run.path / "best.yaml"
-    head = f"# Best of the sweep {run.path.name} over `{plan.space.name}` by {plan.space.metric}.\n"
-    storage.write_text(path, head + to_yaml(cfg_best))
-    return path
 
 
 if __name__ == "__main__":

@@ -153,7 +153,7 @@ class Checkpointer:
         dist.barrier()
         problems: list[str] = []
         for path in reversed(_complete(self._root)):
-            problem = self._problem(path)
+            problem = self._problem(path, config_hash=self._config_hash)
             if problem is None:
                 return self._load(path)
             problems.append(f"{path.name}: {problem}")
@@ -165,6 +165,22 @@ class Checkpointer:
                 "anew with another `run.dir`."
             )
         return None
+
+    def start_from(self, path: Path) -> LoopState:
+        """Load a checkpoint of another run, which may have had another config, into the fresh engine.
+
+        Returns:
+            How far the other run was. What it held for its best model is left behind: that lies in its own folder.
+
+        Raises:
+            CheckpointError: The checkpoint is missing, damaged or of another shape.
+        """
+        problem = self._problem(path, config_hash=None)
+        if problem is not None:
+            raise CheckpointError(f"`train.start_from` is {path}, which cannot be used: {problem}.")
+        state = self._load(path)
+        self._saved_step = 0  # the step is saved, but not in this run
+        return LoopState(step=state.step, examples=state.examples, tokens=state.tokens)
 
     def close(self) -> None:
         """End the thread; a checkpoint that is not finished by then is dropped."""
@@ -211,13 +227,13 @@ class Checkpointer:
         if self._rank == 0:
             shutil.rmtree(scratch, ignore_errors=True)
 
-    def _problem(self, path: Path) -> str | None:
+    def _problem(self, path: Path, *, config_hash: str | None) -> str | None:
         """Why a checkpoint can't be used, agreed among all workers; each checks its share of the hashes."""
         try:
             manifest = json.loads((path / _MANIFEST).read_text())
         except (OSError, ValueError):
             return f"{_MANIFEST} is missing or unreadable"
-        if manifest["config_hash"] != self._config_hash:
+        if config_hash is not None and manifest["config_hash"] != config_hash:
             return "it belongs to a run with another config"
         mine = None
         for name, digest in sorted(manifest["files"].items())[self._rank :: self._world_size]:

@@ -50,25 +50,35 @@ def wants_gpu(section: RaySection) -> bool:
     return section.use_gpu
 
 
-def check_placement(section: RaySection, *, reserved_cpus: float = 0) -> None:
+def check_placement(section: RaySection) -> int:
     """Refuse a run that can never be placed, instead of waiting for resources that will not come.
 
-    Args:
-        section: What the run asks for.
-        reserved_cpus: CPU cores taken by something else for as long as the run lasts.
+    Returns:
+        How many such runs the cluster holds at a time when it is empty; at least 1. What drives a run takes no core.
 
     Raises:
         PlacementError: The cluster's nodes, even empty, do not hold all workers.
     """
-    need = {"CPU": section.cpus_per_worker} | ({"GPU": 1.0} if wants_gpu(section) else {})
+    need = _worker_needs(section)
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    # A worker never spans nodes; the workers of a run may.
     fits = sum(min(int(node.get(name, 0) // amount) for name, amount in need.items()) for node in nodes)
-    total = {name: sum(node.get(name, 0) for node in nodes) for name in ("CPU", "GPU")}
-    least = section.min_workers
-    if fits < least or total["CPU"] - reserved_cpus < least * need["CPU"]:
-        wanted = " + ".join(f"{amount:g} {name}" for name, amount in need.items())
+    if fits < section.min_workers:
+        total = {name: sum(node.get(name, 0) for node in nodes) for name in ("CPU", "GPU")}
         raise PlacementError(
-            f"The run needs {least} worker(s) x {wanted}; the cluster has {len(nodes)} node(s) with "
+            f"The run needs {describe_needs(section)}; the cluster has {len(nodes)} node(s) with "
             f"{total['CPU']:g} CPU and {total['GPU']:g} GPU in all and places at most {fits} such worker(s). "
             "Lower `ray.num_workers` or `ray.cpus_per_worker`, or name a larger cluster in `ray.address`."
         )
+    return max(1, fits // section.max_workers)
+
+
+def describe_needs(section: RaySection) -> str:
+    """What the workers of a run take, e.g. `2 worker(s) x 1 CPU + 1 GPU`."""
+    needs = " + ".join(f"{amount:g} {name}" for name, amount in _worker_needs(section).items())
+    least, most = section.min_workers, section.max_workers
+    return f"{least if least == most else f'{least} to {most}'} worker(s) x {needs}"
+
+
+def _worker_needs(section: RaySection) -> dict[str, float]:
+    return {"CPU": section.cpus_per_worker} | ({"GPU": 1.0} if wants_gpu(section) else {})

@@ -88,6 +88,23 @@ def build_engine(model: nn.Module, cfg: TrainingConfig, *, total_steps: int) -> 
 
 
 @contextlib.contextmanager
+def own_rates(engine: Any) -> Iterator[None]:
+    """A checkpoint loaded inside the block brings weights, moments and step, but no hyper-parameters.
+
+    DeepSpeed restores the optimiser's groups and the schedule as they were saved, peak rate included; after the
+    block the engine has its own again, at the step of the checkpoint.
+    """
+    own = [{k: v for k, v in group.items() if k != "params"} for group in engine.optimizer.param_groups]
+    peaks = list(engine.lr_scheduler.base_lrs)
+    yield
+    for group, values in zip(engine.optimizer.param_groups, own, strict=True):
+        group.update(values)
+    engine.lr_scheduler.base_lrs = peaks
+    engine.lr_scheduler.last_epoch -= 1
+    engine.lr_scheduler.step()  # to where the checkpoint was, with the own peak
+
+
+@contextlib.contextmanager
 def sharded_loading(cfg: TrainingConfig) -> Iterator[None]:
     """While open, transformers' `from_pretrained` partitions weights as it reads them under ZeRO-3.
 

@@ -45,6 +45,7 @@ def train(
     prepare: Callable[[RunFolder], None],
     callbacks: Sequence[Any] = (),
     trainer_class: type[Any] | None = None,
+    data_of: Path | None = None,
 ) -> TrainedRun:
     """Run a training job: run folder, prepared examples, Ray Train with DeepSpeed, report and plots.
 
@@ -55,6 +56,7 @@ def train(
         prepare: Writes the examples that the task reads into `run.data`; called for a new run only.
         callbacks: Ray Train callbacks, e.g. Tune's `TuneReportCallback`.
         trainer_class: Used in place of Ray Train's `TorchTrainer`, e.g. `leftovers.TrialTrainer`.
+        data_of: Run folder whose prepared examples are used, in place of preparing the same ones again.
 
     Raises:
         PlacementError: The cluster cannot hold the run.
@@ -63,14 +65,25 @@ def train(
     """
     with RunFolder.create(job, cfg).recording() as run:
         if not run.resumed:
-            shutil.rmtree(run.data, ignore_errors=True)
-            prepare(run)
+            _prepare_data(run, prepare, data_of)
         with connected(cfg.ray):
             check_placement(cfg.ray)
             summary = _fit(task_class, cfg, run, job, callbacks, trainer_class)
         run.write_report(summary)
         plot_training(run.path)
     return TrainedRun(run.path, summary)
+
+
+def _prepare_data(run: RunFolder, prepare: Callable[[RunFolder], None], data_of: Path | None) -> None:
+    if run.data.is_symlink():
+        run.data.unlink()
+    shutil.rmtree(run.data, ignore_errors=True)
+    if data_of is None:
+        prepare(run)
+        return
+    other = RunFolder(data_of)
+    run.data.symlink_to(os.path.relpath(other.data.resolve(), run.path.resolve()), target_is_directory=True)
+    run.update_manifest(data_hashes=other.read_manifest()["data_hashes"])
 
 
 def _fit(
@@ -86,6 +99,7 @@ def _fit(
     from ray.train.v2.api.exceptions import TrainingFailedError
 
     steps = total_steps(cfg.train, len(task_class(cfg, run.data).train_lengths))
+    steps = min(steps, cfg.train.stop_at or steps)
     use_gpu = wants_gpu(cfg.ray)
     trainer = (trainer_class or TorchTrainer)(
         _train_worker,

@@ -141,6 +141,17 @@ class TrainSection(Config):
     """Stop after this many evaluations without improvement of `metric`."""
     seed: int = Field(default=0, ge=0)
     """Seed of initialisation, data order and dropout."""
+    start_from: str | None = None
+    """Checkpoint folder of another run (`.../checkpoints/step-N`) to go on from: its weights, moments and step, but
+    the learning rate, schedule and all else of this config."""
+    stop_at: int | None = Field(default=None, ge=1)
+    """End after this step, with an evaluation and a checkpoint; the schedule still runs to the last step."""
+
+    @field_validator("start_from")
+    @classmethod
+    def _start_is_absolute(cls, path: str | None) -> str | None:
+        # Ray's workers run in folders of their own.
+        return None if path is None else str(Path(path).expanduser().absolute())
 
 
 class DeepSpeedSection(Config):

@@ -1,17 +1,23 @@
-"""Pictures of a sweep: metrics against each varied key, and the selecting metric over the steps of every trial."""
+"""Pictures of a sweep: metrics against each varied key, all keys side by side, the metric over the steps."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from matplotlib import colormaps
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 
+from eagleray.platform.space import Space, shown
 from eagleray.platform.sweep_results import PointResult, TrialRecord
-from eagleray.platform.tuning import Space, shown
 
 _LEGEND_UP_TO = 20
+_LOG_FROM = 50
+"""Largest over least value from which a key of positive numbers has a logarithmic axis."""
 _STOPPED = {"marker": "x", "linestyle": "", "color": "0.5", "label": "stopped early"}
 
 
@@ -75,6 +81,55 @@ def plot_over_time(trials: Sequence[TrialRecord], space: Space, out: Path) -> Pa
         axes.legend(fontsize="small", title=", ".join(space.varied))
     figure.savefig(out, dpi=120)
     return out
+
+
+def plot_parallel(results: Sequence[PointResult], space: Space, out: Path) -> Path | None:
+    """Parallel coordinates: one line a point through its value of every varied key, to the metric that it reached.
+
+    The colour is the metric; dotted lines are points that were stopped early or failed in a seed.
+
+    Returns:
+        `out`, or `None` if no point has the metric.
+    """
+    shown_points = [result for result in results if space.metric in result.metrics]
+    if not shown_points:
+        return None
+    names = [*space.varied, space.metric]
+    columns = [[result.point[key] for result in shown_points] for key in space.varied]
+    columns.append([result.metrics[space.metric] for result in shown_points])
+    heights = [_heights(column) for column in columns]
+    figure = Figure(figsize=(1.9 * len(names) + 1.6, 4.2), layout="constrained")
+    axes = figure.subplots()
+    colours = ScalarMappable(Normalize(min(columns[-1]), max(columns[-1])), colormaps["viridis"])
+    for i, result in enumerate(shown_points):
+        axes.plot(
+            range(len(names)),
+            [column[i] for column in heights],
+            color=colours.to_rgba(columns[-1][i]),
+            linestyle="-" if result.status == "finished" else ":",
+        )
+    for place, (column, height) in enumerate(zip(columns, heights, strict=True)):
+        axes.axvline(place, color="0.6", linewidth=0.8)
+        for value, y in {shown(v): y for v, y in zip(column, height, strict=True)}.items():
+            axes.annotate(value, (place, y), fontsize="x-small", xytext=(3, 2), textcoords="offset points")
+    axes.set_xticks(range(len(names)), names)
+    axes.set_yticks([])
+    axes.margins(x=0.12)
+    figure.colorbar(colours, ax=axes, label=space.metric)
+    figure.savefig(out, dpi=120)
+    return out
+
+
+def _heights(values: Sequence[Any]) -> list[float]:
+    """Where values stand on an axis from 0 to 1; what is no number stands in the order of its first appearance."""
+    if all(_is_number(value) for value in values):
+        wide = min(values) > 0 and max(values) / min(values) >= _LOG_FROM
+        places = [math.log(value) if wide else float(value) for value in values]
+    else:
+        order = list(dict.fromkeys(shown(value) for value in values))
+        places = [float(order.index(shown(value))) for value in values]
+    low, span = min(places), max(places) - min(places)
+    return [(place - low) / span if span else 0.5 for place in places]
 
 
 def _is_number(value: Any) -> bool:

@@ -9,8 +9,9 @@ from __future__ import annotations
 import csv
 import io
 import math
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from statistics import fmean, stdev
@@ -18,8 +19,8 @@ from typing import Any, Literal
 
 from eagleray.platform.history import load_run
 from eagleray.platform.runs import MANIFEST_FILE, RunFolder
+from eagleray.platform.space import SEED_KEY, Mode, Space, TrialOutcome
 from eagleray.platform.tracking import METRICS_FILE, RECORD_KEYS, read_metrics
-from eagleray.platform.tuning import SEED_KEY, Mode, Space, TrialOutcome
 
 TrialStatus = Literal["finished", "stopped", "failed"]
 
@@ -91,6 +92,25 @@ def read_trial(outcome: TrialOutcome, space: Space, *, keep: Literal["best", "la
     )
 
 
+def join_segments(
+    parts: Sequence[TrialRecord], space: Space, *, keep: Literal["best", "last"]
+) -> TrialRecord:
+    """The segments of one trial as one record: the values and the model are those of the kept evaluation."""
+    kept = [part for part in parts if part.kept is not None]
+    chosen = kept[-1] if kept else parts[-1]
+    if keep == "best" and kept:
+        best = kept_evaluation(
+            [part.kept for part in kept if part.kept], space.metric, space.mode, keep="best"
+        )
+        chosen = next(part for part in kept if part.kept is best)
+    return replace(
+        chosen,
+        status=parts[-1].status,
+        evaluations=[record for part in parts for record in part.evaluations],
+        error=parts[-1].error,
+    )
+
+
 def kept_evaluation(
     records: Sequence[dict[str, Any]], metric: str, mode: Mode, *, keep: Literal["best", "last"]
 ) -> dict[str, Any] | None:
@@ -106,14 +126,19 @@ def kept_evaluation(
 def rank_points(trials: Sequence[TrialRecord], space: Space) -> list[PointResult]:
     """Group trials by point and sort: finished before stopped before failed, then by the metric, best first.
 
+    Trials of one point differ in their seeds; the same point with the same seed is a point of its own.
+
     Raises:
         SweepError: No trial finished with a value of the metric.
     """
     groups: dict[tuple[Any, ...], list[TrialRecord]] = {}
+    seen: Counter[tuple[Any, ...]] = Counter()
     for trial in trials:
-        groups.setdefault(tuple(trial.point[key] for key in space.varied), []).append(trial)
+        point = tuple(trial.point[key] for key in space.varied)
+        groups.setdefault((*point, seen[*point, trial.seed]), []).append(trial)
+        seen[*point, trial.seed] += 1
     results = [_point_result(group, space.metric) for group in groups.values()]
-    sign = -1 if space.mode == "max" else 1
+    sign = space.objectives[0].sign
 
     def order(result: PointResult) -> tuple[int, float]:
         value = result.metrics.get(space.metric)

@@ -28,10 +28,10 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from eagleray.platform.checkpoints import Checkpointer, LoopState
+from eagleray.platform.checkpoints import Checkpointer, CheckpointError, LoopState
 from eagleray.platform.config import config_hash
 from eagleray.platform.data.sampler import BatchSampler
-from eagleray.platform.engine import build_engine, sharded_loading
+from eagleray.platform.engine import build_engine, own_rates, sharded_loading
 from eagleray.platform.pretrained import export_model
 from eagleray.platform.runs import FREE_ON_RESUME
 from eagleray.platform.sections import TrainingConfig, TrainSection
@@ -64,6 +64,8 @@ def run_training(
     evicted: Callable[[], bool] = lambda: False,
 ) -> dict[str, float] | None:
     """Train `task` to the end, resuming from the newest whole checkpoint in `run_dir/checkpoints`.
+
+    Without one, the run begins at step 0, or at the step of `train.start_from`.
 
     Every worker calls this inside an initialised `torch.distributed` process group, with the same arguments.
 
@@ -120,6 +122,7 @@ class _Loop:
             bucket_batches=cfg.train.bucket_batches,
         )
         self.steps = total_steps(cfg.train, len(task.train_lengths))
+        self.last_step = min(self.steps, cfg.train.stop_at or self.steps)
         self.eval_every = cfg.train.eval_every or max(1, math.ceil(self.steps / 10))
         self.checkpoint_every = cfg.train.checkpoint_every or self.eval_every
         seed_step(cfg.train.seed, step=0, rank=0)  # every worker initialises the same model
@@ -136,9 +139,21 @@ class _Loop:
             config_hash=config_hash(cfg, exclude=[*FREE_ON_RESUME]),
             keep=cfg.train.keep_checkpoints,
         )
-        self.state = self.checkpointer.restore() or LoopState()
+        self.state = self.checkpointer.restore() or self._start()
         self.saved_for_eviction = False
         self.sink = MetricsSink(run_dir, cfg.tracking, self.state.step) if self.rank == 0 else None
+
+    def _start(self) -> LoopState:
+        if self.cfg.train.start_from is None:
+            return LoopState()
+        with own_rates(self.engine):
+            state = self.checkpointer.start_from(Path(self.cfg.train.start_from))
+        if state.step >= self.last_step:
+            raise CheckpointError(
+                f"`train.start_from` has done {state.step} steps and this run ends after {self.last_step}. "
+                "Raise `train.max_steps` or `train.stop_at`, or start from an earlier checkpoint."
+            )
+        return state
 
     def run(self) -> dict[str, float] | None:
         try:
@@ -167,7 +182,7 @@ class _Loop:
                 self.sink.close()
 
     def _at(self, every: int) -> bool:
-        return self.state.step % every == 0 or self.state.step == self.steps
+        return self.state.step % every == 0 or self.state.step == self.last_step
 
     def _prefetch(self, pool: ThreadPoolExecutor) -> Iterator[list[Batch]]:
         """Micro-batches of each remaining step; the next step is collated while this one computes."""
@@ -176,11 +191,11 @@ class _Loop:
             shares = self.sampler.micro_batches(step, rank=self.rank, world_size=self.world_size)
             return [self.task.train_batch(indices) for indices in shares]
 
-        upcoming = pool.submit(collate, self.state.step) if self.state.step < self.steps else None
+        upcoming = pool.submit(collate, self.state.step) if self.state.step < self.last_step else None
         while upcoming is not None:
             batches = upcoming.result()
             following = self.state.step + 1
-            upcoming = pool.submit(collate, following) if following < self.steps else None
+            upcoming = pool.submit(collate, following) if following < self.last_step else None
             yield batches
 
     def _agree(self, batches: list[Batch]) -> _Agreed:

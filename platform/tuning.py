@@ -7,43 +7,39 @@ which values come next and which trials end early; what came out is read from th
 Special here (docs/decisions/0004-sweeps.md):
 - What Tune runs for a trial only starts and watches the training run, so it takes no core from the workers.
 - A trial that the scheduler stops gives its workers' resources back (`platform/leftovers.py`).
-- Trials are named by their number, so the same sweep makes the same folders.
+- Trials are named by their number and the same sweep tries the same points, so a sweep is resumed by running it
+  again: a trial that finds its run folder goes on there, and tells Tune first what was evaluated before.
 """
 
 from __future__ import annotations
 
 import contextlib
-import copy
 import logging
 import math
 import os
+import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any
 
-import ray
+import numpy as np
+import yaml
 from ray import tune
 from ray.tune.experiment import Trial
 from ray.tune.schedulers import ASHAScheduler, TrialScheduler
 from ray.tune.search import BasicVariantGenerator
-from ray.tune.search.sample import Categorical, Domain
 
 from eagleray.platform import storage
-from eagleray.platform.cluster import wants_gpu
-from eagleray.platform.config import ConfigError, validate_config
-from eagleray.platform.leftovers import Leftovers, TrialTrainer
-from eagleray.platform.sections import RaySection, TrainingConfig, TrainSection
+from eagleray.platform.config import ConfigError, flatten
+from eagleray.platform.leftovers import Leftovers
+from eagleray.platform.runs import CONFIG_FILE
+from eagleray.platform.sections import TrainSection
+from eagleray.platform.space import SEED_KEY, SchedulerName, Space, SweepPlan, TrialOutcome, shown
+from eagleray.platform.tracking import METRICS_FILE, RECORD_KEYS, read_metrics
+from eagleray.platform.trial import is_finished, last_line, start_trial, wait_until_ended
 
 logger = logging.getLogger(__name__)
-
-C = TypeVar("C", bound=TrainingConfig)
-Mode = Literal["min", "max"]
-SearchName = Literal["grid", "random", "optuna"]
-SchedulerName = Literal["none", "asha"]
-
-SEED_KEY = "train.seed"
 
 _HALVE = 2
 """ASHA: share of the trials that go on from one look to the next is one in this many."""
@@ -60,88 +56,11 @@ _TUNE_SETTINGS = {
     "RAY_AIR_NEW_OUTPUT": "0",
 }
 
+_STOPPED_MARK = ".stopped"
+"""File in the run folder of a trial that the scheduler stopped, so that a resumed sweep leaves it alone."""
+
 _NO_CORES = {"memory": 1.0}
 """What Tune reserves for a trial's process: a byte, because Tune refuses to reserve nothing."""
-
-
-@dataclass(frozen=True)
-class Space:
-    """What a sweep varies and by what its trials are judged."""
-
-    name: str
-    domains: dict[str, Any]
-    """Dotted config key -> Tune domain, `tune.grid_search`, or a value that all trials take."""
-    metric: str
-    """Evaluation metric that selects; must mean the same in every trial."""
-    mode: Mode
-    curves: tuple[str, ...] = ()
-    """Evaluation metrics to draw against the varied keys."""
-
-    @property
-    def varied(self) -> list[str]:
-        """The keys that differ between trials."""
-        return [key for key, domain in self.domains.items() if _is_varied(domain)]
-
-
-@dataclass(frozen=True)
-class SweepPlan:
-    """A sweep that has been checked; pickled to every trial."""
-
-    main: Callable[..., Any]
-    """`main(cfg, **options)` of a training job."""
-    config_class: type[TrainingConfig]
-    config: dict[str, Any]
-    """Config of the trials, before the values of the space are set."""
-    space: Space
-    search: SearchName
-    scheduler: SchedulerName
-    samples: int
-    """Trials for each seed, with a grid: how often it is tried."""
-    seeds: tuple[int, ...]
-    """Values of `train.seed` that each point is run with."""
-
-
-@dataclass(frozen=True)
-class TrialOutcome:
-    """How a trial ended, as Tune saw it."""
-
-    name: str
-    path: Path
-    """The trial's run folder."""
-    point: dict[str, Any]
-    """Its value of every key of the space, and its seed."""
-    error: str | None
-    """Why it failed; `None` for a trial that finished or was stopped by the scheduler."""
-
-
-def check_space(space: Space, cls: type[C], config: dict[str, Any], *, search: SearchName) -> None:
-    """Refuse a space that cannot work, before anything starts.
-
-    Args:
-        space: What to check.
-        cls: Config class that the keys belong to.
-        config: Config of the trials without the space's values.
-        search: How points are chosen.
-
-    Raises:
-        ConfigError: The space does not fit the search, selects by something that cannot be compared, has a
-            key that the config does not have, or values that the config does not allow.
-    """
-    _check_metric(space)
-    source = f"space `{space.name}`"
-    if not space.varied:
-        raise ConfigError(f"{source}: nothing varies.")
-    grids = [key for key in space.varied if _is_grid(space.domains[key])]
-    if search == "grid" and grids != space.varied:
-        open_keys = ", ".join(f"`{key}`" for key in space.varied if key not in grids)
-        raise ConfigError(f"{source}: {open_keys} has no grid. Use `search` random or optuna.")
-    if search != "grid" and grids:
-        raise ConfigError(f"{source}: `{grids[0]}` is a grid, which only `search` grid can try.")
-    probes = {key: _probes(domain) for key, domain in space.domains.items()}
-    first = {key: values[0] for key, values in probes.items()}
-    for key, values in probes.items():
-        for value in values:
-            trial_config(cls, config, {**first, key: value}, source=source)
 
 
 def build_scheduler(name: SchedulerName, train: TrainSection) -> TrialScheduler | None:
@@ -150,7 +69,7 @@ def build_scheduler(name: SchedulerName, train: TrainSection) -> TrialScheduler 
     Raises:
         ConfigError: A run has a single evaluation, so that there is nothing to decide by.
     """
-    if name == "none":
+    if name != "asha":
         return None
     looks = evaluations(train)
     if looks == 1:
@@ -168,32 +87,6 @@ def build_scheduler(name: SchedulerName, train: TrainSection) -> TrialScheduler 
     )
 
 
-def trial_config(cls: type[C], config: Mapping[str, Any], point: Mapping[str, Any], *, source: str) -> C:
-    """`config` with the values of a point set, validated.
-
-    Raises:
-        ConfigError: A key does not exist or a value is not allowed; `source` says who asked for it.
-    """
-    values = copy.deepcopy(dict(config))
-    for key, value in point.items():
-        *parents, leaf = key.split(".")
-        node = values
-        for name in parents:
-            if not isinstance(node.get(name), dict):
-                node[name] = {}
-            node = node[name]
-        node[leaf] = value
-    return validate_config(cls, values, source)
-
-
-def trials_at_once(section: RaySection) -> int:
-    """How many runs with this `ray` section the cluster, when empty, holds at a time; may be 0."""
-    need = {"CPU": section.cpus_per_worker} | ({"GPU": 1.0} if wants_gpu(section) else {})
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    workers = sum(min(int(node.get(name, 0) // amount) for name, amount in need.items()) for node in nodes)
-    return workers // section.max_workers
-
-
 def evaluations(train: TrainSection) -> int | None:
     """Evaluations of a whole run, at most; `None` if that depends on the data."""
     if train.max_steps is None:
@@ -201,19 +94,10 @@ def evaluations(train: TrainSection) -> int | None:
     return math.ceil(train.max_steps / (train.eval_every or max(1, math.ceil(train.max_steps / 10))))
 
 
-def number_of_trials(plan: SweepPlan) -> int:
-    """How many trials the sweep starts, whatever the scheduler does with them."""
-    grids = [plan.space.domains[key] for key in plan.space.varied if _is_grid(plan.space.domains[key])]
-    return math.prod(len(grid["grid_search"]) for grid in grids) * plan.samples * len(plan.seeds)
-
-
-def shown(value: Any) -> str:
-    """A value of a point in few characters."""
-    return f"{value:.6g}" if isinstance(value, float) else str(value)
-
-
 def run_trials(plan: SweepPlan, folder: Path, *, max_concurrent: int) -> list[TrialOutcome]:
-    """Run all trials of a sweep; a trial that fails does not end it. Ray must be connected.
+    """Run all trials of a sweep, or those that are left of one; a trial that fails does not end it.
+
+    Ray must be connected.
 
     Args:
         plan: The sweep.
@@ -224,14 +108,15 @@ def run_trials(plan: SweepPlan, folder: Path, *, max_concurrent: int) -> list[Tr
         One outcome a trial, in the order of their numbers.
     """
     leftovers, trials_dir = Leftovers(), folder / "trials"
+    shutil.rmtree(folder / "tune", ignore_errors=True)  # of an earlier attempt
     tuner = tune.Tuner(
         tune.with_resources(_trial_function(plan, trials_dir, Path.cwd()), _NO_CORES),
         param_space=_param_space(plan),
         tune_config=tune.TuneConfig(
             metric=plan.space.metric,
             mode=plan.space.mode,
-            scheduler=build_scheduler(plan.scheduler, _train_section(plan)),
-            **_search_options(plan, max_concurrent),
+            scheduler=build_scheduler(plan.scheduler, plan.train),
+            **_search_options(plan, max_concurrent, trials_dir),
             trial_name_creator=_trial_name(plan),
             trial_dirname_creator=_trial_name(plan),
         ),
@@ -239,7 +124,7 @@ def run_trials(plan: SweepPlan, folder: Path, *, max_concurrent: int) -> list[Tr
             name="tune",
             storage_path=str(folder),
             verbose=0,
-            callbacks=[_Watcher(plan.space, leftovers)],
+            callbacks=[_Watcher(plan.space, leftovers, trials_dir)],
         ),
     )
     with _quiet_tune():
@@ -247,25 +132,40 @@ def run_trials(plan: SweepPlan, folder: Path, *, max_concurrent: int) -> list[Tr
     leftovers.settle()
     outcomes = [_outcome(trials_dir, result) for result in results]
     for outcome in outcomes:
-        _wait_until_ended(outcome.path)
+        wait_until_ended(outcome.path)
     return sorted(outcomes, key=lambda outcome: outcome.name)
 
 
 def _trial_function(plan: SweepPlan, trials_dir: Path, working_dir: Path) -> Callable[[dict[str, Any]], None]:
     def trial(point: dict[str, Any]) -> None:
         from ray.tune.integration.ray_train import TuneReportCallback
-        from transformers.utils import logging as transformers_logging
 
-        transformers_logging.disable_progress_bar()  # bars of several trials at once say nothing
-        # Tune starts trials in folders of their own; relative paths in the config mean where the sweep started.
-        with contextlib.suppress(OSError):
-            os.chdir(working_dir)
         name = tune.get_context().get_trial_name()
-        config = {**plan.config, "run": {"dir": str(trials_dir / name), "note": f"trial {name}"}}
-        cfg = trial_config(plan.config_class, config, storage.plain(point), source=f"trial {name}")
-        plan.main(cfg, callbacks=[TuneReportCallback()], trainer_class=TrialTrainer)
+        run_dir = trials_dir / name
+        for record in _earlier_evaluations(run_dir):
+            tune.report(record)
+        if _ended(run_dir):
+            return
+        options = {"working_dir": working_dir, "note": f"trial {name}", "callbacks": [TuneReportCallback()]}
+        start_trial(plan, run_dir, point, **options)
 
     return trial
+
+
+def _earlier_evaluations(run_dir: Path) -> list[dict[str, Any]]:
+    """What a trial of a resumed sweep evaluated up to where it goes on: schedulers count evaluations."""
+    ended = _ended(run_dir)
+    checkpoints = [path.name for path in (run_dir / "checkpoints").glob("step-*") if not path.suffix]
+    done = max((int(name.removeprefix("step-")) for name in checkpoints), default=0)
+    return [
+        {key: value for key, value in record.items() if key not in RECORD_KEYS or key == "step"}
+        for record in read_metrics(run_dir / METRICS_FILE)
+        if record["kind"] == "eval" and (ended or record["step"] <= done)
+    ]
+
+
+def _ended(run_dir: Path) -> bool:
+    return (run_dir / _STOPPED_MARK).exists() or is_finished(run_dir)
 
 
 def _param_space(plan: SweepPlan) -> dict[str, Any]:
@@ -274,13 +174,13 @@ def _param_space(plan: SweepPlan) -> dict[str, Any]:
     return {**plan.space.domains, SEED_KEY: tune.grid_search([first, *others]) if others else first}
 
 
-def _search_options(plan: SweepPlan, max_concurrent: int) -> dict[str, Any]:
+def _search_options(plan: SweepPlan, max_concurrent: int, trials_dir: Path) -> dict[str, Any]:
     """Search algorithm, seeded by the first seed, and the limit on trials at a time in the form that it takes."""
     options: dict[str, Any] = {"num_samples": plan.samples}
     if plan.search == "optuna":
         from ray.tune.search.optuna import OptunaSearch
 
-        search = OptunaSearch(seed=plan.seeds[0])
+        search = OptunaSearch(seed=plan.seeds[0], points_to_evaluate=_earlier_points(plan, trials_dir))
         return {**options, "search_alg": search, "max_concurrent_trials": max_concurrent}
     search = BasicVariantGenerator(
         max_concurrent=max_concurrent,
@@ -290,8 +190,24 @@ def _search_options(plan: SweepPlan, max_concurrent: int) -> dict[str, Any]:
     return {**options, "search_alg": search}
 
 
-def _train_section(plan: SweepPlan) -> TrainSection:
-    return validate_config(plan.config_class, plan.config, "trial").train
+def _earlier_points(plan: SweepPlan, trials_dir: Path) -> list[dict[str, Any]] | None:
+    """The points of a resumed sweep, in the order of their trials: optuna's next depend on results and their order.
+
+    A trial that was killed before it had written its config is given a new random point.
+    """
+    configs = {path.parent.name: path for path in trials_dir.glob(f"*/{CONFIG_FILE}")}
+    points = []
+    for number in range(1, max(map(int, configs), default=0) + 1):
+        path = configs.get(_name(number))
+        values = flatten(yaml.safe_load(path.read_text(encoding="utf-8"))) if path else {}
+        rng = np.random.RandomState(number)
+        points.append(
+            {
+                key: values[key] if key in values else plan.space.domains[key].sample(random_state=rng)
+                for key in plan.space.varied
+            }
+        )
+    return points or None
 
 
 def _trial_name(plan: SweepPlan) -> Callable[[Trial], str]:
@@ -299,16 +215,20 @@ def _trial_name(plan: SweepPlan) -> Callable[[Trial], str]:
     first = 1 if plan.search == "optuna" else 0  # Tune counts differently for searchers
 
     def name(trial: Trial) -> str:
-        return f"{int(trial.experiment_tag.partition('_')[0]) - first + 1:04d}"
+        return _name(int(trial.experiment_tag.partition("_")[0]) - first + 1)
 
     return name
+
+
+def _name(number: int) -> str:
+    return f"{number:04d}"
 
 
 class _Watcher(tune.Callback):
     """Tells what happens and has leftovers released while trials run, so that the next ones find a place."""
 
-    def __init__(self, space: Space, leftovers: Leftovers) -> None:
-        self._space, self._leftovers = space, leftovers
+    def __init__(self, space: Space, leftovers: Leftovers, trials_dir: Path) -> None:
+        self._space, self._leftovers, self._trials_dir = space, leftovers, trials_dir
         self._next_release = 0.0
 
     def on_step_end(self, iteration: int, trials: list[Trial], **info: Any) -> None:
@@ -326,6 +246,11 @@ class _Watcher(tune.Callback):
         metric = self._space.metric
         logger.info("Trial %s, step %s: %s %s.", trial, result.get("step"), metric, shown(result.get(metric)))
 
+    def on_trial_complete(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
+        run_dir = self._trials_dir / str(trial)
+        if not is_finished(run_dir):
+            (run_dir / _STOPPED_MARK).touch()
+
     def on_trial_error(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
         logger.warning("Trial %s failed.", trial)
 
@@ -334,16 +259,8 @@ def _outcome(trials_dir: Path, result: Any) -> TrialOutcome:
     name = Path(result.path).name
     error = None
     if result.error is not None:
-        lines = str(result.error).strip().splitlines()
-        error = lines[-1] if lines else type(result.error).__name__
+        error = last_line(result.error)
     return TrialOutcome(name, trials_dir / name, storage.plain(result.config), error)
-
-
-def _wait_until_ended(path: Path, timeout_s: float = 10.0) -> None:
-    """A stopped trial's process holds the lock of its run folder until its very end."""
-    deadline = time.monotonic() + timeout_s
-    while storage.is_locked(path) and time.monotonic() < deadline:
-        time.sleep(0.1)
 
 
 @contextlib.contextmanager
@@ -362,32 +279,3 @@ def _quiet_tune() -> Iterator[None]:
                 del os.environ[name]
             else:
                 os.environ[name] = value
-
-
-def _check_metric(space: Space) -> None:
-    varied_loss = [key for key in space.varied if key.split(".")[0] == "loss"]
-    if varied_loss and "loss" in space.metric.replace("/", "_").split("_"):
-        raise ConfigError(
-            f"space `{space.name}` selects by `{space.metric}` and varies `{varied_loss[0]}`. A key under `loss` "
-            "changes what the loss measures, so its values cannot be compared between trials and the least one "
-            "says nothing. Select by a metric that is the same function for all trials, e.g. accuracy."
-        )
-
-
-def _is_grid(domain: Any) -> bool:
-    return isinstance(domain, dict) and set(domain) == {"grid_search"}
-
-
-def _is_varied(domain: Any) -> bool:
-    return _is_grid(domain) or isinstance(domain, Domain)
-
-
-def _probes(domain: Any) -> Sequence[Any]:
-    """Values by which a domain is checked: all of a grid or of a choice, some of a range."""
-    if _is_grid(domain):
-        return domain["grid_search"]
-    if isinstance(domain, Categorical):
-        return domain.categories
-    if isinstance(domain, Domain):
-        return storage.plain(domain.sample(size=20, random_state=0))
-    return [domain]

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
+import pytest
 from matplotlib.image import imread
 
-from eagleray.platform.sweep_plots import plot_by_value, plot_over_time
+from eagleray.platform.space import Space
+from eagleray.platform.sweep_plots import _heights, plot_by_value, plot_over_time, plot_parallel
 from eagleray.platform.sweep_results import PointResult, TrialRecord, TrialStatus
-from eagleray.platform.tuning import Space
 
 SPACE = Space("toy", {"optim.lr": {"grid_search": [1, 2, 3]}}, "accuracy", "max")
 
@@ -41,3 +43,26 @@ def test_nothing_to_draw(tmp_path: Path) -> None:
 def test_every_trial_over_its_steps(tmp_path: Path) -> None:
     out = plot_over_time([result.trials[0] for result in RESULTS], SPACE, tmp_path / "time.png")
     assert imread(out).std() > 0.01
+
+
+def test_an_axis_for_every_key_and_the_metric(tmp_path: Path) -> None:
+    one = plot_parallel(RESULTS, SPACE, tmp_path / "one.png")
+    varied = {"optim.lr": {"grid_search": [1]}, "optim.schedule": {"grid_search": ["a"]}}
+    both = [replace(r, point={**r.point, "optim.schedule": "ab"[i % 2]}) for i, r in enumerate(RESULTS)]
+    two = plot_parallel(both, Space("toy", varied, "accuracy", "max"), tmp_path / "two.png")
+    assert one is not None and two is not None
+    assert imread(two).shape[1] > imread(one).shape[1]
+    assert plot_parallel(RESULTS[3:], SPACE, tmp_path / "none.png") is None
+
+
+@pytest.mark.parametrize(
+    ("values", "heights"),
+    [
+        ([1.0, 2.0, 3.0], [0.0, 0.5, 1.0]),
+        ([1e-4, 1e-2, 1e-3], [0.0, 1.0, 0.5]),  # a wide range is logarithmic
+        (["b", "a", "b"], [0.0, 1.0, 0.0]),
+        ([True, True], [0.5, 0.5]),
+    ],
+)
+def test_where_values_stand_on_an_axis(values: list[object], heights: list[float]) -> None:
+    assert _heights(values) == pytest.approx(heights)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -10,10 +11,12 @@ import pytest
 
 from eagleray.platform.runs import RunFolder
 from eagleray.platform.sections import JobConfig, RunSection
+from eagleray.platform.space import SEED_KEY, Space, TrialOutcome
 from eagleray.platform.sweep_results import (
     SweepError,
     TrialRecord,
     interval_95,
+    join_segments,
     kept_evaluation,
     rank_points,
     read_trial,
@@ -21,7 +24,6 @@ from eagleray.platform.sweep_results import (
     to_csv,
     to_markdown,
 )
-from eagleray.platform.tuning import SEED_KEY, Space, TrialOutcome
 
 SPACE = Space(
     "toy", {"loss.smoothing": {"grid_search": [0.0, 0.1]}, "loss.kind": "two_way"}, "accuracy", "max"
@@ -149,6 +151,26 @@ def test_a_point_with_a_failed_seed_is_not_a_whole_one() -> None:
     ranked = rank_points(trials, SPACE)
     assert [result.status for result in ranked] == ["finished", "failed"]
     assert ranked[1].metrics == {}
+
+
+def test_a_point_drawn_twice_is_no_repetition() -> None:
+    """The same point with the same seed is the same run: its spread says nothing."""
+    ranked = rank_points(
+        [trial("0001", 0.1, 0.9), trial("0002", 0.1, 0.9), trial("0003", 0.1, 0.8, seed=1)], SPACE
+    )
+    assert [[t.name for t in result.trials] for result in ranked] == [["0002"], ["0001", "0003"]]
+
+
+@pytest.mark.parametrize(("keep", "smoothing", "accuracy"), [("best", 0.2, 0.9), ("last", 0.3, 0.8)])
+def test_segments_are_one_trial_with_the_values_of_the_kept_model(
+    keep: Any, smoothing: float, accuracy: float
+) -> None:
+    parts = [trial("0001", 0.1, 0.7), trial("0001", 0.2, 0.9), trial("0001", 0.3, 0.8), trial("0001", 0.4)]
+    joined = join_segments([*parts[:3], replace(parts[3], status="failed", error="why")], SPACE, keep=keep)
+    assert joined.kept is not None
+    assert (joined.point["loss.smoothing"], joined.kept["accuracy"]) == (smoothing, accuracy)
+    assert [record["accuracy"] for record in joined.evaluations] == [0.7, 0.9, 0.8]
+    assert (joined.status, joined.error) == ("failed", "why")
 
 
 def test_interval_of_equal_values_is_zero() -> None:
