@@ -17,7 +17,6 @@ from typing import Any
 
 import ray
 import toy_task
-from ray._raylet import GcsClient
 from ray.cluster_utils import Cluster
 
 STEPS = ["train.max_steps=60", "train.eval_every=10", "train.micro_batch_size=4", "optim.eps=0.001"]
@@ -41,8 +40,9 @@ def main(folder: Path) -> None:
         checkpoints = folder / "elastic" / "checkpoints"
         _wait_for(checkpoints / "step-00000020")
         deadline_ms = int((time.time() + 5) * 1000)
-        client = GcsClient(address=cluster.gcs_address)
-        client.drain_node(nodes[-1].node_id, PREEMPTED, "the test takes it", deadline_ms)
+        cluster.head_node.get_gcs_client().drain_node(
+            nodes[-1].node_id, PREEMPTED, "the test takes it", deadline_ms
+        )
         while not any(int(path.name[5:13]) % 10 for path in checkpoints.glob("step-????????")):
             time.sleep(0.02)
         (folder / "saved-on-notice").touch()

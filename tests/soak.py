@@ -24,7 +24,6 @@ from rich.table import Table
 from toy_task import (
     ToyTask,
     assert_identical,
-    newest_step,
     run_workers,
     toy_command,
     toy_config,
@@ -69,9 +68,7 @@ class Soak:
         while True:
             driver = self._start()
             while driver.poll() is None:
-                if len(self.kills) == self.wanted:
-                    driver.wait()
-                elif self._disturb(driver) == "driver":
+                if len(self.kills) == self.wanted or self._disturb(driver) == "driver":
                     driver.wait()
             if driver.returncode == 0:
                 return
