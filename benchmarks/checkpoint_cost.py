@@ -28,6 +28,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -35,7 +36,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from benchmarks.harness import Ratio, Side, finish, start
+from benchmarks.harness import Ratio, Side, finish, interleave, start
 from eagleray.models.backbone.model import build_llama, llama_config
 from eagleray.platform.checkpoints import Checkpointer, LoopState
 from eagleray.platform.engine import build_engine
@@ -113,12 +114,11 @@ def main() -> None:
     options, machine = start(__doc__ or "", use_gpu=True)
     size, rounds = (QUICK, 3) if options.quick else (Size(), 7)
     with Side(build_loop, threads=options.threads, size=size) as loop:
-        results: dict[str, list[tuple[float, float]]] = {mode: [] for mode in MODES}
-        for number in range(rounds + 1):  # the first warms up
-            for mode in MODES if number % 2 else reversed(MODES):
-                results[mode].append(loop(mode))
-    seconds = {mode: [total for total, _ in results[mode][1:]] for mode in MODES}
-    held = {mode: [standing for _, standing in results[mode][1:]] for mode in MODES}
+        sides = {mode: partial(loop, mode) for mode in MODES}
+        interleave(sides, rounds=1)  # the first checkpoint makes buffers
+        results = interleave(sides, rounds=rounds, seconds=120)
+    seconds = {mode: [total for total, _ in results[mode]] for mode in MODES}
+    held = {mode: [standing for _, standing in results[mode]] for mode in MODES}
     extra = {
         mode: [
             max(total - plain, standing)
@@ -156,7 +156,7 @@ def main() -> None:
         machine=machine,
         quick=options.quick,
         size=asdict(size),
-        rounds=rounds,
+        rounds=len(shares),
         seconds=seconds,
         held_s=held,
     )

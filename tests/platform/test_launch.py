@@ -112,7 +112,7 @@ def test_lost_nodes(tmp_path: Path) -> None:
     tests = Path(node_loss.__file__).parent
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tests.parent), str(tests)])}
     command = [sys.executable, "-m", "node_loss", str(tmp_path)]
-    done = subprocess.run(command, check=False, env=environment, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, check=False, env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     run_workers(_undisturbed, 2, str(tmp_path / "whole"))
     assert_identical(tmp_path / "fixed", tmp_path / "whole")
