@@ -4,11 +4,12 @@ PYTHON := .venv/bin/python
 READY  := .venv/.ok
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check format clean
+.PHONY: help setup demo test soak check format clean
 
 help:
 	@echo 'make demo [DATA=pairs.jsonl]   train, evaluate and serve a reward model, start to end'
 	@echo 'make test                      all tests'
+	@echo 'make soak [KILLS=20]           kill one run again and again and compare its result (minutes)'
 	@echo 'make check                     format, lint, types and the tests that do not start Ray'
 	@echo 'make format                    format and sort imports'
 	@echo 'make clean                     remove caches and the virtual environment, never runs'
@@ -38,6 +39,9 @@ demo: $(READY)
 
 test: $(READY)
 	$(PYTHON) -m pytest
+
+soak: $(READY)
+	PYTHONPATH=.:tests $(PYTHON) -m soak $(if $(KILLS),--kills $(KILLS)) $(if $(SEED),--seed $(SEED))
 
 check: $(READY)
 	$(PYTHON) -m ruff format --check .

@@ -13,19 +13,22 @@ A measured round has one checkpoint over `STEPS` steps, fewer than the 50 of the
 and what the thread takes from the steps that run meanwhile still counts: the extra seconds of a round are divided
 by the time of 50 plain steps.
 
-- `share_of_step_time`: (beside - plain) of a round over 50 plain steps of the same round, median.
+- `share_of_step_time`: the extra seconds of `beside` over 50 plain steps of the same round, median.
 - `beside_over_between`: the extra seconds, beside over between.
 
-On few cores the thread competes with the steps for them; `held_s` is the part in which training stood still.
+On few cores the thread competes with the steps for them, so the extra seconds are those of the whole round above
+those of `plain`; but never less than `held_s`, the part in which training stood still, whatever the noise says.
 """
 
 from __future__ import annotations
 
+import os
 import shutil
 import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -33,7 +36,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from benchmarks.harness import Ratio, Side, finish, start
+from benchmarks.harness import Ratio, Side, finish, interleave, start
 from eagleray.models.backbone.model import build_llama, llama_config
 from eagleray.platform.checkpoints import Checkpointer, LoopState
 from eagleray.platform.engine import build_engine
@@ -61,6 +64,7 @@ QUICK = Size(width=64, layers=2, vocab_size=1000, batch=2, tokens=64)
 def build_loop(*, size: Size) -> Callable[[str], tuple[float, float]]:
     """A round in one of `MODES`: its seconds, and those in which `begin` and `finish` held the steps up."""
     folder = Path(tempfile.mkdtemp(prefix="checkpoint-cost-"))
+    os.environ["LOCAL_RANK"] = "0"  # DeepSpeed asks for it
     dist.init_process_group(
         "nccl" if torch.cuda.is_available() else "gloo",
         init_method=f"file://{folder}/store",
@@ -110,13 +114,16 @@ def main() -> None:
     options, machine = start(__doc__ or "", use_gpu=True)
     size, rounds = (QUICK, 3) if options.quick else (Size(), 7)
     with Side(build_loop, threads=options.threads, size=size) as loop:
-        results: dict[str, list[tuple[float, float]]] = {mode: [] for mode in MODES}
-        for number in range(rounds + 1):  # the first warms up
-            for mode in MODES if number % 2 else reversed(MODES):
-                results[mode].append(loop(mode))
-    seconds = {mode: [total for total, _ in results[mode][1:]] for mode in MODES}
+        sides = {mode: partial(loop, mode) for mode in MODES}
+        interleave(sides, rounds=1)  # the first checkpoint makes buffers
+        results = interleave(sides, rounds=rounds, seconds=120)
+    seconds = {mode: [total for total, _ in results[mode]] for mode in MODES}
+    held = {mode: [standing for _, standing in results[mode]] for mode in MODES}
     extra = {
-        mode: [a - b for a, b in zip(seconds[mode], seconds["plain"], strict=True)]
+        mode: [
+            max(total - plain, standing)
+            for total, plain, standing in zip(seconds[mode], seconds["plain"], held[mode], strict=True)
+        ]
         for mode in ("beside", "between")
     }
     shares = [
@@ -149,9 +156,9 @@ def main() -> None:
         machine=machine,
         quick=options.quick,
         size=asdict(size),
-        rounds=rounds,
+        rounds=len(shares),
         seconds=seconds,
-        held_s={mode: [held for _, held in results[mode][1:]] for mode in ("beside", "between")},
+        held_s=held,
     )
 
 

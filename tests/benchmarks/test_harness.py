@@ -180,6 +180,7 @@ def test_a_dying_side_tells_its_exit_code() -> None:
     ("name", "keys"),
     [
         ("gram_step", {"speedup", "memory", "mfu"}),
+        ("checkpoint_cost", {"share_of_step_time", "beside_over_between"}),
         ("gram_vs_trl", {"tokens_per_s", "step_overhead"}),
         ("gram_rank", {"prefix_sharing", "served", "padding"}),
         ("sweep_cost", {"steps_asha_over_grid"}),

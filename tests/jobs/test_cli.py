@@ -127,7 +127,7 @@ def test_mistakes_are_one_message_and_code_2(
 
 def test_ctrl_c_says_how_to_resume_and_that_works(toy: ToyJob, capsys: pytest.CaptureFixture[str]) -> None:
     toy.action = raising(KeyboardInterrupt())
-    assert exit_code("train", "toy.yaml", "lr=0.3", "run.dir=my run") == launch.INTERRUPTED
+    assert exit_code("train", "toy.yaml", "lr=0.3", "run.dir=my run") == 130
     printed = capsys.readouterr().err
     assert "eagleray train 'my run/config.yaml' 'run.dir=my run'" in printed
     toy.action = lambda run: None
@@ -142,7 +142,7 @@ def test_ctrl_c_before_a_run_began(
         raise KeyboardInterrupt
 
     monkeypatch.setattr(launch, "load_config", stopped)
-    assert exit_code("train", "toy.yaml") == launch.INTERRUPTED
+    assert exit_code("train", "toy.yaml") == 130
     assert capsys.readouterr().err == "Interrupted: no run had begun.\n"
 
 

@@ -69,7 +69,7 @@ def test_a_driver_is_interrupted_terminated_and_killed(tmp_path: Path) -> None:
     assert manifest["status"] == "running", "nobody was left to say otherwise"
 
     command, environment = toy_command(run_dir, *RUN, PAUSE)
-    done = subprocess.run(command, check=False, env=environment, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, check=False, env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     manifest = json.loads((run_dir / "manifest.json").read_text())
     statuses = [attempt["status"] for attempt in manifest["attempts"]]

@@ -20,7 +20,7 @@ from eagleray.platform.config import (
     to_yaml,
     validate_config,
 )
-from eagleray.platform.sections import DeepSpeedSection, TrainingConfig
+from eagleray.platform.sections import DeepSpeedSection, RaySection, TrainingConfig
 
 
 class Optim(Config):
@@ -162,9 +162,23 @@ def test_fields_are_described_once() -> None:
     assert schema["required"] == ["data"]
 
 
-def test_batch_size_must_divide() -> None:
+@pytest.mark.parametrize("workers", ["3", "[2, 4]"])
+def test_batch_size_must_divide(workers: str) -> None:
+    """Ray takes any number of workers in a range, so the batch must divide for each."""
     with pytest.raises(ConfigError, match=r"`train\.batch_size` is 32; it must be a multiple .* 3 x 8 = 24"):
-        load_config(TrainingConfig, None, ["ray.num_workers=3"])
+        load_config(TrainingConfig, None, [f"ray.num_workers={workers}"])
+
+
+def test_a_range_of_workers() -> None:
+    ray = load_config(TrainingConfig, None, ["ray.num_workers=[1, 2]", "ray.max_failures=1"]).ray
+    assert (ray.min_workers, ray.max_workers) == (1, 2)
+    assert RaySection(num_workers=3).min_workers == RaySection(num_workers=3).max_workers == 3
+    with pytest.raises(
+        ConfigError, match=r"`ray.num_workers` is \[2, 1\]; it is a number or \[least, most\]"
+    ):
+        load_config(TrainingConfig, None, ["ray.num_workers=[2, 1]"])
+    with pytest.raises(ConfigError, match="num_workers"):
+        load_config(TrainingConfig, None, ["ray.num_workers=0"])
 
 
 @pytest.mark.parametrize(

@@ -4,24 +4,27 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
-from typing import Any
 
+import node_loss
 import psutil
 import pytest
-import torch
-from safetensors.torch import load_file
+import torch.distributed as dist
+from toy_task import ToyTask, assert_identical, read_run, run_workers, toy_config, write_toy_data
 
 from eagleray.jobs.backbone import pretrain
 from eagleray.models.gram.synthetic import make_corpus
 from eagleray.platform.cluster import PlacementError
 from eagleray.platform.config import ConfigError, load_config
 from eagleray.platform.launch import TrainingError
+from eagleray.platform.training import run_training
 
 pytestmark = pytest.mark.ray
-CLOCK = ("time", "tokens_per_s", "step_s")
 
 
 def _config(folder: Path, *overrides: str) -> pretrain.Config:
@@ -37,41 +40,34 @@ def _config(folder: Path, *overrides: str) -> pretrain.Config:
     return load_config(pretrain.Config, None, [*values, *overrides])
 
 
-def _records(run_dir: Path) -> list[dict[str, Any]]:
-    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k not in CLOCK} for line in lines]
-
-
-def _kill_a_worker_after(checkpoint: Path, killed: list[int]) -> None:
-    """SIGKILL one Ray Train worker as soon as a checkpoint exists."""
-    deadline = time.monotonic() + 120
-    while not checkpoint.exists() and time.monotonic() < deadline:
-        time.sleep(0.02)
-    for process in psutil.Process().children(recursive=True):
-        with contextlib.suppress(psutil.Error):
-            if "RayTrainWorker" in " ".join(process.cmdline()):
-                process.kill()
-                killed.append(process.pid)
-                return
+def _kill_workers(checkpoints: Path, killed: list[list[int]]) -> None:
+    """SIGKILL one Ray Train worker at the first checkpoint, and all of them at a later one."""
+    for step, how_many in ((5, 1), (15, None)):
+        deadline = time.monotonic() + 120
+        while not (checkpoints / f"step-{step:08d}").exists() and time.monotonic() < deadline:
+            time.sleep(0.02)
+        workers = []
+        for process in psutil.Process().children(recursive=True):
+            with contextlib.suppress(psutil.Error):
+                if "RayTrainWorker" in " ".join(process.cmdline()):
+                    workers.append(process)
+        for worker in workers[:how_many]:
+            worker.kill()
+        killed.append([worker.pid for worker in workers[:how_many]])
 
 
 @pytest.mark.usefixtures("ray_cluster")
-def test_killed_worker_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A worker dies by SIGKILL after the first checkpoint; the run ends bit-identical to an undisturbed one."""
+def test_killed_workers_change_nothing(tmp_path: Path) -> None:
+    """One worker, later all of them, die by SIGKILL; the run ends bit-identical to an undisturbed one."""
     whole = pretrain.main(_config(tmp_path, f"run.dir={tmp_path / 'whole'}"))
-    killed: list[int] = []
-    killer = threading.Thread(
-        target=_kill_a_worker_after, args=(tmp_path / "hit" / "checkpoints" / "step-00000005", killed)
-    )
+    killed: list[list[int]] = []
+    killer = threading.Thread(target=_kill_workers, args=(tmp_path / "hit" / "checkpoints", killed))
     killer.start()
-    hit = pretrain.main(_config(tmp_path, f"run.dir={tmp_path / 'hit'}"))
+    hit = pretrain.main(_config(tmp_path, f"run.dir={tmp_path / 'hit'}", "ray.max_failures=2"))
     killer.join()
-    assert killed, "no worker process was found to kill"
+    assert [len(pids) for pids in killed] == [1, 2]
     assert hit.summary == whole.summary
-    assert _records(hit.path) == _records(whole.path)
-    weights = load_file(whole.path / "model" / "model.safetensors")
-    for name, weight in load_file(hit.path / "model" / "model.safetensors").items():
-        assert torch.equal(weight, weights[name]), name
+    assert_identical(hit.path, whole.path)
     manifest = json.loads((whole.path / "manifest.json").read_text())
     assert manifest["status"] == "finished" and list(manifest["data_hashes"]) == [
         str(tmp_path / "corpus.txt")
@@ -101,3 +97,33 @@ def test_what_cannot_be_placed_is_refused(tmp_path: Path) -> None:
         pretrain.main(_config(tmp_path, "ray.num_workers=9", "train.batch_size=36"))
     with pytest.raises(PlacementError, match=r"2 worker\(s\) x 1 CPU \+ 1 GPU; .* 0 GPU"):
         pretrain.main(_config(tmp_path, "ray.use_gpu=true"))
+
+
+def _undisturbed(rank: int, folder: str) -> None:
+    if rank == 0:
+        write_toy_data(Path(folder) / "data")
+    dist.barrier()
+    cfg = toy_config(*node_loss.STEPS)
+    run_training(ToyTask(cfg, Path(folder) / "data"), cfg, Path(folder))
+
+
+def test_lost_nodes(tmp_path: Path) -> None:
+    """A node goes without notice and is replaced: bit-identical. One goes with notice: one worker goes on."""
+    tests = Path(node_loss.__file__).parent
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tests.parent), str(tests)])}
+    command = [sys.executable, "-m", "node_loss", str(tmp_path)]
+    done = subprocess.run(command, check=False, env=environment, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    run_workers(_undisturbed, 2, str(tmp_path / "whole"))
+    assert_identical(tmp_path / "fixed", tmp_path / "whole")
+
+    assert "is about to be taken away: a checkpoint is saved at step" in done.stdout + done.stderr
+    trained, expected = (
+        [record for record in read_run(tmp_path / name)[0] if record["kind"] == "train"]
+        for name in ("elastic", "whole")
+    )
+    assert [record["step"] for record in trained] == [record["step"] for record in expected]
+    losses = [record["loss"] for record in trained]
+    assert losses == pytest.approx([record["loss"] for record in expected], abs=1e-4)
+    [checkpoint] = (tmp_path / "elastic" / "checkpoints").glob("step-00000080")
+    assert json.loads((checkpoint / "checkpoint.json").read_text())["world_size"] == 1

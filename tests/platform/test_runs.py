@@ -89,12 +89,22 @@ def test_a_failed_run_keeps_the_error_and_its_traceback(tmp_path: Path) -> None:
     assert caught.value.__notes__ == [f"Run folder: {run.path}"]
 
 
-@pytest.mark.parametrize("stop", [KeyboardInterrupt(), SystemExit(0)])
-def test_an_interrupted_run_says_where_it_is(tmp_path: Path, stop: BaseException) -> None:
+@pytest.mark.parametrize(
+    ("stop", "number"),
+    [
+        (KeyboardInterrupt(), signal.SIGINT),
+        (SystemExit(15), signal.SIGTERM),  # Ray's answer to SIGTERM
+        (RunInterrupted(Path("run"), signal.SIGTERM), signal.SIGTERM),
+    ],
+)
+def test_an_interrupted_run_says_where_it_is(
+    tmp_path: Path, stop: BaseException, number: signal.Signals
+) -> None:
     run = RunFolder.create(JOB, config(tmp_path / "run"))
     with pytest.raises(RunInterrupted) as caught, run.recording():
         raise stop
-    assert caught.value.path == run.path
+    assert caught.value.path.name == run.path.name
+    assert caught.value.signal == number
     assert run.read_manifest()["status"] == "interrupted"
 
 
