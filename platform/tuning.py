@@ -180,7 +180,9 @@ def _search_options(plan: SweepPlan, max_concurrent: int, trials_dir: Path) -> d
     if plan.search == "optuna":
         from ray.tune.search.optuna import OptunaSearch
 
-        search = OptunaSearch(seed=plan.seeds[0], points_to_evaluate=_earlier_points(plan, trials_dir))
+        earlier = _earlier_points(plan, trials_dir)
+        # Another seed after a resume: the first one would draw the first points again.
+        search = OptunaSearch(seed=plan.seeds[0] + len(earlier), points_to_evaluate=earlier)
         return {**options, "search_alg": search, "max_concurrent_trials": max_concurrent}
     search = BasicVariantGenerator(
         max_concurrent=max_concurrent,
@@ -190,7 +192,7 @@ def _search_options(plan: SweepPlan, max_concurrent: int, trials_dir: Path) -> d
     return {**options, "search_alg": search}
 
 
-def _earlier_points(plan: SweepPlan, trials_dir: Path) -> list[dict[str, Any]] | None:
+def _earlier_points(plan: SweepPlan, trials_dir: Path) -> list[dict[str, Any]]:
     """The points of a resumed sweep, in the order of their trials: optuna's next depend on results and their order.
 
     A trial that was killed before it had written its config is given a new random point.
@@ -207,7 +209,7 @@ def _earlier_points(plan: SweepPlan, trials_dir: Path) -> list[dict[str, Any]] |
                 for key in plan.space.varied
             }
         )
-    return points or None
+    return points
 
 
 def _trial_name(plan: SweepPlan) -> Callable[[Trial], str]:

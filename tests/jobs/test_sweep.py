@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -322,7 +323,7 @@ def test_a_killed_command_with_optuna_is_resumed_and_ends_in_a_config_that_train
     baseline, trials = resources(), tmp_path / "here/trials"
     options = ["--search", "optuna", "--num-samples", "3", "--max-concurrent", "1"]
     options += ["--objective", "accuracy:max", "--objective", "nll:min"]
-    steps = ["train.max_steps=40", "train.eval_every=4", "train.seed=7", "run.dir=here"]
+    steps = ["train.max_steps=24", "train.eval_every=4", "train.seed=7", "run.dir=here"]
     steps += [f"ray.address={ray.get_runtime_context().gcs_address}"]
     command = ["sweep", "label_smoothing", "--config", str(TINY), *QUICK, *steps, *options]
 
@@ -351,7 +352,7 @@ def test_a_killed_command_with_optuna_is_resumed_and_ends_in_a_config_that_train
     assert [attempt["status"] for attempt in second["attempts"]] == ["killed", "finished"]
     records = read_metrics(trials / "0002/metrics.jsonl")
     assert records[0]["time"] < killed < records[-1]["time"]
-    assert [record["step"] for record in records if record["kind"] == "eval"] == list(range(4, 41, 4))
+    assert [record["step"] for record in records if record["kind"] == "eval"] == list(range(4, 25, 4))
     assert len(RunFolder("here").read_manifest()["attempts"]) == 2
 
     report = json.loads(Path("here/report.json").read_text())
@@ -422,6 +423,16 @@ def test_a_population_exploits(
     assert told in caplog.text
     assert f"| 4    | {clone.name}  | {donor.name} |" in (done.path / "exploits.md").read_text()
     assert load_config(finetune.Config, done.best).optim.lr == report["best"]["optim.lr"]
+
+    # As if the driver had been killed before the clone's last segment: that alone is trained, with what was decided.
+    shutil.rmtree(clone / "segment-02")
+    (done.path / "report.json").unlink()
+    RunFolder(done.path).update_manifest(status="running")
+    others = {path: files(path) for path in (donor / "segment-02", clone / "segment-01")}
+    resumed = sweep.main(resumed_config(done.path))
+    assert {path: files(path) for path in others} == others
+    assert resumed.table == done.table
+    assert json.loads((done.path / "report.json").read_text()) == report
 
 
 @pytest.mark.ray

@@ -141,11 +141,10 @@ def test_optuna_is_given_the_points_that_it_had_chosen(tmp_path: Path) -> None:
     plan = SweepPlan(
         print, TrainingConfig, {}, space({"optim.lr": tune.uniform(0, 1)}), "optuna", "none", 4, (0,)
     )
-    assert tuning._earlier_points(plan, tmp_path) is None
+    assert tuning._earlier_points(plan, tmp_path) == []
     for name, rate in (("0001", 0.25), ("0003", 0.75)):
         (tmp_path / name).mkdir()
         (tmp_path / name / "config.yaml").write_text(f"optim: {{lr: {rate}}}")
     points = tuning._earlier_points(plan, tmp_path)
-    assert points is not None
     assert [point["optim.lr"] for point in points[::2]] == [0.25, 0.75]
     assert len(points) == 3 and 0 < points[1]["optim.lr"] < 1
