@@ -123,6 +123,25 @@ def serve(
     )
 
 
+@app.command("submit")
+def submit(
+    config: ConfigFile,
+    address: Annotated[
+        str,
+        typer.Option(
+            envvar="RAY_API_SERVER_ADDRESS", help="Dashboard of the cluster, e.g. http://head:8265."
+        ),
+    ],
+    overrides: Overrides = None,
+    wait: Annotated[bool, typer.Option(help="Follow the log, and end with the job's exit code.")] = True,
+) -> None:
+    """Run the job that a config file describes on a Ray cluster; only this code and the config are sent there."""
+    from eagleray.jobs.submit import submit as submit_job
+
+    with clean_exit():
+        raise SystemExit(submit_job(config, overrides or [], address=address, wait=wait))
+
+
 @config_app.command("show")
 def config_show(config: ConfigFile, overrides: Overrides = None) -> None:
     """Print every key of the resolved config with its value, where the value comes from and what it means."""

@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import os
 from collections.abc import Iterator
 
 import ray
 
+from eagleray.platform.environment import in_submitted_job
 from eagleray.platform.sections import RaySection
-
-# Set by Ray in the driver of a submitted job (`ray job submit`), which belongs to the job's cluster.
-_JOB_ENVIRONMENT = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 
 
 class PlacementError(ValueError):
@@ -30,7 +27,7 @@ def connected(section: RaySection) -> Iterator[None]:
     if ray.is_initialized():
         yield
         return
-    address = section.address or ("auto" if _JOB_ENVIRONMENT in os.environ else "local")
+    address = section.address or ("auto" if in_submitted_job() else "local")
     try:
         ray.init(address=address, log_to_driver=True, logging_level=logging.WARNING)
     except (ConnectionError, ValueError, RuntimeError) as error:
