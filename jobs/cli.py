@@ -28,7 +28,9 @@ app = typer.Typer(
 )
 config_app = typer.Typer(help="Look at configurations without running anything.", no_args_is_help=True)
 runs_app = typer.Typer(help="Look at recorded runs.", no_args_is_help=True)
+cluster_app = typer.Typer(help="Clusters for trying things.", no_args_is_help=True)
 app.add_typer(config_app, name="config")
+app.add_typer(cluster_app, name="cluster")
 app.add_typer(runs_app, name="runs")
 
 ConfigFile = Annotated[
@@ -140,6 +142,20 @@ def submit(
 
     with clean_exit():
         raise SystemExit(submit_job(config, overrides or [], address=address, wait=wait))
+
+
+@cluster_app.command("local")
+def cluster_local(
+    nodes: Annotated[int, typer.Option(min=1, help="Ray nodes to start on this machine.")] = 2,
+    cpus_per_node: Annotated[
+        int, typer.Option(min=1, help="CPU cores each node offers; more than there are is allowed.")
+    ] = 1,
+) -> None:
+    """Run a Ray cluster of several nodes on this machine until Ctrl-C; other clusters are left alone."""
+    from eagleray.jobs.local_cluster import run_local_cluster
+
+    with clean_exit():
+        run_local_cluster(nodes, cpus_per_node)
 
 
 @config_app.command("show")

@@ -4,12 +4,20 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Iterator
+import os
+import secrets
+from collections.abc import Iterator, Mapping
+from pathlib import Path
 
 import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from eagleray.platform.environment import in_submitted_job
 from eagleray.platform.sections import RaySection
+
+
+class SharedStorageError(ValueError):
+    """A node does not see the run folder; the message names the node and the folder."""
 
 
 class PlacementError(ValueError):
@@ -57,7 +65,7 @@ def check_placement(section: RaySection, *, reserved_cpus: float = 0) -> None:
     Raises:
         PlacementError: The cluster's nodes, even empty, do not hold all workers.
     """
-    need = {"CPU": section.cpus_per_worker} | ({"GPU": 1.0} if wants_gpu(section) else {})
+    need = _one_worker(section)
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     fits = sum(min(int(node.get(name, 0) // amount) for name, amount in need.items()) for node in nodes)
     total = {name: sum(node.get(name, 0) for node in nodes) for name in ("CPU", "GPU")}
@@ -68,3 +76,74 @@ def check_placement(section: RaySection, *, reserved_cpus: float = 0) -> None:
             f"{total['CPU']:g} CPU and {total['GPU']:g} GPU in all and places at most {fits} such worker(s). "
             "Lower `ray.num_workers` or `ray.cpus_per_worker`, or name a larger cluster in `ray.address`."
         )
+
+
+def check_shared_folder(section: RaySection, folder: Path, *, timeout_s: float = 60) -> None:
+    """Refuse a run whose folder is not the same on all nodes, before it trains up to its first checkpoint.
+
+    Each node that can hold a worker reads what this process wrote, and writes what this process must read.
+
+    Args:
+        section: What the run asks for.
+        folder: The run folder; it exists here.
+        timeout_s: How long the nodes may take.
+
+    Raises:
+        SharedStorageError: The folder is missing, another one or read-only on a node, or a node does not answer.
+    """
+    nodes = [node for node in ray.nodes() if node["Alive"] and _holds_a_worker(node["Resources"], section)]
+    if {node["NodeID"] for node in nodes} <= {ray.get_runtime_context().get_node_id()}:
+        return
+    marker, text = folder / f".probe-{os.getpid()}", secrets.token_hex(8)
+    answers = {node["NodeID"]: marker.with_name(f"{marker.name}-{node['NodeID']}") for node in nodes}
+    marker.write_text(text)
+    try:
+        problems = _ask_nodes(marker, text, answers, timeout_s)
+        for node in nodes:
+            path = answers[node["NodeID"]]
+            problem = problems.get(node["NodeID"], "it does not answer")
+            if problem is None and not (path.is_file() and path.read_text() == text):
+                problem = "what it writes there does not arrive here"
+            if problem is not None:
+                raise SharedStorageError(
+                    f"{folder} is not shared with node {node['NodeManagerAddress']} (id {node['NodeID'][:8]}): {problem}. "
+                    "A run on several nodes needs `run.root` or `run.dir` on storage that all of them mount under the "
+                    "same path, e.g. NFS; docs/cluster.md says how."
+                )
+    finally:
+        for path in (marker, *answers.values()):
+            path.unlink(missing_ok=True)
+
+
+def _ask_nodes(
+    marker: Path, text: str, answers: Mapping[str, Path], timeout_s: float
+) -> dict[str, str | None]:
+    """What is wrong with the folder on each node that answers."""
+    task = ray.remote(num_cpus=0, max_retries=0)(_answer_marker)
+    asked = {
+        task.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False)).remote(
+            marker, text, answer
+        ): node
+        for node, answer in answers.items()
+    }
+    done, _ = ray.wait(list(asked), num_returns=len(asked), timeout=timeout_s)
+    return {asked[reference]: ray.get(reference) for reference in done}
+
+
+def _answer_marker(marker: Path, text: str, answer: Path) -> str | None:
+    """On a node: read the marker and answer beside it; returns what went wrong."""
+    try:
+        if marker.read_text() != text:
+            return "it sees another folder under this path"
+        answer.write_text(text)
+    except OSError as error:
+        return f"{type(error).__name__} there ({error.strerror})"
+    return None
+
+
+def _one_worker(section: RaySection) -> dict[str, float]:
+    return {"CPU": section.cpus_per_worker} | ({"GPU": 1.0} if wants_gpu(section) else {})
+
+
+def _holds_a_worker(resources: Mapping[str, float], section: RaySection) -> bool:
+    return all(resources.get(name, 0) >= amount for name, amount in _one_worker(section).items())
