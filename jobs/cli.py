@@ -17,7 +17,7 @@ import eagleray
 from eagleray.jobs import display
 from eagleray.jobs.launch import clean_exit, configure_logging, start
 from eagleray.jobs.registry import job_name, load_job
-from eagleray.platform.config import json_schema, load_config
+from eagleray.platform.config import ConfigError, json_schema, load_config
 from eagleray.platform.history import compare_runs, list_runs, load_run
 
 app = typer.Typer(
@@ -113,14 +113,20 @@ def serve(
     print_yaml: Annotated[
         bool, typer.Option("--print-yaml", help="Print the file for `serve deploy` and stop.")
     ] = False,
+    render: Annotated[
+        bool, typer.Option("--render", help="Print a KubeRay RayService (settings: kube.KEY=VALUE) and stop.")
+    ] = False,
     insecure_bind: Annotated[
         bool, typer.Option("--insecure-bind", help="Allow a host that other machines can reach.")
     ] = False,
 ) -> None:
     """Serve a model over HTTP on this machine until Ctrl-C."""
-    from eagleray.jobs.serve import serve_models  # Ray and torch load only here
+    from eagleray.jobs import serve as jobs  # Ray and torch load only here
 
-    serve_models(
+    if render:
+        typer.echo(jobs.render(settings), nl=False)
+        return
+    jobs.serve_models(
         settings, host=host, port=port, address=address, print_yaml=print_yaml, insecure_bind=insecure_bind
     )
 
@@ -128,20 +134,30 @@ def serve(
 @app.command("submit")
 def submit(
     config: ConfigFile,
+    overrides: Overrides = None,
     address: Annotated[
-        str,
+        str | None,
         typer.Option(
             envvar="RAY_API_SERVER_ADDRESS", help="Dashboard of the cluster, e.g. http://head:8265."
         ),
-    ],
-    overrides: Overrides = None,
+    ] = None,
     wait: Annotated[bool, typer.Option(help="Follow the log, and end with the job's exit code.")] = True,
+    render: Annotated[
+        bool, typer.Option("--render", help="Print a KubeRay RayJob (settings: kube.KEY=VALUE) and stop.")
+    ] = False,
 ) -> None:
     """Run the job that a config file describes on a Ray cluster; only this code and the config are sent there."""
-    from eagleray.jobs.submit import submit as submit_job
+    from eagleray.jobs import submit as jobs  # the job's module may take seconds to import
 
     with clean_exit():
-        raise SystemExit(submit_job(config, overrides or [], address=address, wait=wait))
+        if render:
+            typer.echo(jobs.render(config, overrides or []), nl=False)
+            return
+        if address is None:
+            raise ConfigError(
+                "Give the dashboard of the cluster as `--address`, e.g. http://head:8265, or `--render`."
+            )
+        raise SystemExit(jobs.submit(config, overrides or [], address=address, wait=wait))
 
 
 @cluster_app.command("local")

@@ -19,6 +19,7 @@ from rich.console import Console
 from eagleray.jobs.registry import job_name, load_job
 from eagleray.platform.config import ConfigError, load_config, to_yaml, validate_config
 from eagleray.platform.data.files import absolute_path, is_pattern
+from eagleray.platform.kuberay import ray_job, split_settings
 from eagleray.platform.runs import new_run_name
 from eagleray.platform.sections import JobConfig
 from eagleray.platform.submission import connect, package
@@ -98,6 +99,34 @@ def submit(config: Path, overrides: Sequence[str], *, address: str, wait: bool =
         return server.follow(job.id, lambda text: print(text, end="", flush=True))
     except KeyboardInterrupt:
         raise KeyboardInterrupt(f"the job goes on without you.\n{commands}") from None
+
+
+def render(config: Path, settings: Sequence[str]) -> str:
+    """The YAML of a KubeRay RayJob that runs the job of a config file.
+
+    Args:
+        config: Config file of the job.
+        settings: `key=value` settings of the job, and `kube.KEY=VALUE` for the fields of `KubeSection`.
+
+    Raises:
+        ConfigError: The config or a `kube` setting cannot be used.
+    """
+    kube, overrides = split_settings(settings)
+    job = prepare(config, overrides)
+    values = job.config.model_dump(mode="json")
+    values["run"]["dir"] = kube.on_storage(values["run"]["dir"], key="run.dir")
+    gpu = kube.gpu or job.config.ray.use_gpu is True
+    values["ray"]["use_gpu"] = gpu
+    for path in job.local_paths:
+        kube.on_storage(path, key=path)
+    return ray_job(
+        kube,
+        name=job.job.replace(".", "-").replace("_", "-"),
+        config=to_yaml(validate_config(type(job.config), values, str(config))),
+        workers=job.config.ray.num_workers,
+        cpus=job.config.ray.cpus_per_worker,
+        gpu=gpu,
+    )
 
 
 def _places(job: Submission) -> str:

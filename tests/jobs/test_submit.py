@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import yaml
 
+from eagleray.jobs.cli import main
 from eagleray.jobs.submit import prepare
 from eagleray.platform.config import ConfigError
 from eagleray.platform.local_cluster import LocalCluster, local_cluster
@@ -193,3 +194,15 @@ def test_paths_of_the_config_no_longer_depend_on_the_folder(
     assert dumped["eval"]["sources"][0]["path"] == "hub/name"  # nothing of this machine
     assert job.local_paths == [str(folder / "pair*.jsonl")]
     assert job.config.run.dir is not None and job.config.run.dir.startswith("runs/gram.finetune/")
+
+
+def test_the_address_is_asked_for(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("RAY_API_SERVER_ADDRESS", raising=False)
+    with pytest.raises(SystemExit) as exit_:
+        main(["submit", str(TINY)])
+    assert (
+        exit_.value.code == 2
+        and "Give the dashboard of the cluster as `--address`" in capsys.readouterr().err
+    )
