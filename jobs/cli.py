@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.console import Console
 
 import eagleray
 from eagleray.jobs import display
@@ -158,6 +159,24 @@ def submit(
                 "Give the dashboard of the cluster as `--address`, e.g. http://head:8265, or `--render`."
             )
         raise SystemExit(jobs.submit(config, overrides or [], address=address, wait=wait))
+
+
+@app.command("plan")
+def plan(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    nodes: Annotated[int, typer.Option(min=1, help="Nodes of the cluster.")] = 1,
+    gpus_per_node: Annotated[int, typer.Option(min=1, help="GPUs of each node; one worker on each.")] = 1,
+    gpu: Annotated[str, typer.Option(help="l4, l40s, a100-40, a100, h100 or h200.")] = "h100",
+    utilisation: Annotated[
+        float, typer.Option(min=0.01, max=1, help="Share of the GPU's peak FLOP/s that training reaches.")
+    ] = 0.4,
+) -> None:
+    """Estimate memory, time and volumes of a training run on GPUs, and propose the cheapest setting that fits."""
+    from eagleray.jobs.plan import make_plan, print_plan  # the job's module may take seconds to import
+
+    options = {"nodes": nodes, "gpus_per_node": gpus_per_node, "gpu": gpu, "utilisation": utilisation}
+    print_plan(*make_plan(config, overrides or [], **options), Console())
 
 
 @cluster_app.command("local")
