@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.console import Console
 
 import eagleray
 from eagleray.jobs import display
@@ -28,7 +29,9 @@ app = typer.Typer(
 )
 config_app = typer.Typer(help="Look at configurations without running anything.", no_args_is_help=True)
 runs_app = typer.Typer(help="Look at recorded runs.", no_args_is_help=True)
+cluster_app = typer.Typer(help="Clusters for trying things.", no_args_is_help=True)
 app.add_typer(config_app, name="config")
+app.add_typer(cluster_app, name="cluster")
 app.add_typer(runs_app, name="runs")
 
 ConfigFile = Annotated[
@@ -141,16 +144,83 @@ def serve(
     print_yaml: Annotated[
         bool, typer.Option("--print-yaml", help="Print the file for `serve deploy` and stop.")
     ] = False,
+    render: Annotated[
+        bool, typer.Option("--render", help="Print a KubeRay RayService (settings: kube.KEY=VALUE) and stop.")
+    ] = False,
     insecure_bind: Annotated[
         bool, typer.Option("--insecure-bind", help="Allow a host that other machines can reach.")
     ] = False,
 ) -> None:
     """Serve a model over HTTP on this machine until Ctrl-C."""
-    from eagleray.jobs.serve import serve_models  # Ray and torch load only here
+    from eagleray.jobs import serve as jobs  # Ray and torch load only here
 
-    serve_models(
+    if render:
+        typer.echo(jobs.render(settings), nl=False)
+        return
+    jobs.serve_models(
         settings, host=host, port=port, address=address, print_yaml=print_yaml, insecure_bind=insecure_bind
     )
+
+
+@app.command("submit")
+def submit(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    address: Annotated[
+        str | None,
+        typer.Option(
+            envvar="RAY_API_SERVER_ADDRESS", help="Dashboard of the cluster, e.g. http://head:8265."
+        ),
+    ] = None,
+    wait: Annotated[bool, typer.Option(help="Follow the log, and end with the job's exit code.")] = True,
+    render: Annotated[
+        bool, typer.Option("--render", help="Print a KubeRay RayJob (settings: kube.KEY=VALUE) and stop.")
+    ] = False,
+) -> None:
+    """Run the job that a config file describes on a Ray cluster; only this code and the config are sent there."""
+    from eagleray.jobs import submit as jobs  # the job's module may take seconds to import
+
+    with clean_exit():
+        if render:
+            typer.echo(jobs.render(config, overrides or []), nl=False)
+            return
+        if address is None:
+            raise ConfigError(
+                "Give the dashboard of the cluster as `--address`, e.g. http://head:8265, or `--render`."
+            )
+        raise SystemExit(jobs.submit(config, overrides or [], address=address, wait=wait))
+
+
+@app.command("plan")
+def plan(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    nodes: Annotated[int, typer.Option(min=1, help="Nodes of the cluster.")] = 1,
+    gpus_per_node: Annotated[int, typer.Option(min=1, help="GPUs of each node; one worker on each.")] = 1,
+    gpu: Annotated[str, typer.Option(help="l4, l40s, a100-40, a100, h100 or h200.")] = "h100",
+    utilisation: Annotated[
+        float, typer.Option(min=0.01, max=1, help="Share of the GPU's peak FLOP/s that training reaches.")
+    ] = 0.4,
+) -> None:
+    """Estimate memory, time and volumes of a training run on GPUs, and propose the cheapest setting that fits."""
+    from eagleray.jobs.plan import make_plan, print_plan  # the job's module may take seconds to import
+
+    options = {"nodes": nodes, "gpus_per_node": gpus_per_node, "gpu": gpu, "utilisation": utilisation}
+    print_plan(*make_plan(config, overrides or [], **options), Console())
+
+
+@cluster_app.command("local")
+def cluster_local(
+    nodes: Annotated[int, typer.Option(min=1, help="Ray nodes to start on this machine.")] = 2,
+    cpus_per_node: Annotated[
+        int, typer.Option(min=1, help="CPU cores each node offers; more than there are is allowed.")
+    ] = 1,
+) -> None:
+    """Run a Ray cluster of several nodes on this machine until Ctrl-C; other clusters are left alone."""
+    from eagleray.jobs.local_cluster import run_local_cluster
+
+    with clean_exit():
+        run_local_cluster(nodes, cpus_per_node)
 
 
 @config_app.command("show")

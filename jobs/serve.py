@@ -23,7 +23,15 @@ from pydantic import create_model
 from rich.console import Console
 
 from eagleray.platform.config import Config, load_config, validate_config
-from eagleray.platform.serving import ServedModel, ServingError, check_host, running, serve_yaml
+from eagleray.platform.kuberay import ray_service, split_settings
+from eagleray.platform.serving import (
+    ServedModel,
+    ServingError,
+    check_host,
+    running,
+    serve_application,
+    serve_yaml,
+)
 
 APPLICATIONS = {"gram": "eagleray.serve.gram"}
 """Kind of model -> module with the application's `build_app` and its argument, the config class `Args`."""
@@ -67,6 +75,25 @@ def serve_models(
                 time.sleep(3600)
     except KeyboardInterrupt:
         console.print("Stopped.")
+
+
+def render(settings: Sequence[str]) -> str:
+    """The YAML of a KubeRay RayService that serves a model.
+
+    Args:
+        settings: As in `serve_models`, and `kube.KEY=VALUE` for the fields of `KubeSection`.
+    """
+    kube, settings = split_settings(settings)
+    kind, args = _parse(settings)
+    args = args.model_copy(
+        update={
+            "model": kube.on_storage(args.model, key=f"{kind}.model"),
+            "gpus": float(kube.gpu) if args.gpus == "auto" else args.gpus,
+        }
+    )
+    assert args.gpus != "auto"
+    application = serve_application(_builder(kind), args, name=kind)
+    return ray_service(kube, name=f"serve-{kind}", application=application, cpus=args.cpus, gpu=args.gpus > 0)
 
 
 @contextmanager

@@ -5,14 +5,19 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-from collections.abc import Iterator
+import secrets
+from collections.abc import Iterator, Mapping
+from pathlib import Path
 
 import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from eagleray.platform.environment import in_submitted_job
 from eagleray.platform.sections import RaySection
 
-# Set by Ray in the driver of a submitted job (`ray job submit`), which belongs to the job's cluster.
-_JOB_ENVIRONMENT = "RAY_JOB_CONFIG_JSON_ENV_VAR"
+
+class SharedStorageError(ValueError):
+    """A node does not see the run folder; the message names the node and the folder."""
 
 
 class PlacementError(ValueError):
@@ -30,7 +35,7 @@ def connected(section: RaySection) -> Iterator[None]:
     if ray.is_initialized():
         yield
         return
-    address = section.address or ("auto" if _JOB_ENVIRONMENT in os.environ else "local")
+    address = section.address or ("auto" if in_submitted_job() else "local")
     try:
         ray.init(address=address, log_to_driver=True, logging_level=logging.WARNING)
     except (ConnectionError, ValueError, RuntimeError) as error:
@@ -59,7 +64,7 @@ def check_placement(section: RaySection) -> int:
     Raises:
         PlacementError: The cluster's nodes, even empty, do not hold all workers.
     """
-    need = _worker_needs(section)
+    need = _one_worker(section)
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     # A worker never spans nodes; the workers of a run may.
     fits = sum(min(int(node.get(name, 0) // amount) for name, amount in need.items()) for node in nodes)
@@ -75,10 +80,77 @@ def check_placement(section: RaySection) -> int:
 
 def describe_needs(section: RaySection) -> str:
     """What the workers of a run take, e.g. `2 worker(s) x 1 CPU + 1 GPU`."""
-    needs = " + ".join(f"{amount:g} {name}" for name, amount in _worker_needs(section).items())
+    needs = " + ".join(f"{amount:g} {name}" for name, amount in _one_worker(section).items())
     least, most = section.min_workers, section.max_workers
     return f"{least if least == most else f'{least} to {most}'} worker(s) x {needs}"
 
 
-def _worker_needs(section: RaySection) -> dict[str, float]:
+def check_shared_folder(section: RaySection, folder: Path, *, timeout_s: float = 60) -> None:
+    """Refuse a run whose folder is not the same on all nodes, before it trains up to its first checkpoint.
+
+    Each node that can hold a worker reads what this process wrote, and writes what this process must read.
+
+    Args:
+        section: What the run asks for.
+        folder: The run folder; it exists here.
+        timeout_s: How long the nodes may take.
+
+    Raises:
+        SharedStorageError: The folder is missing, another one or read-only on a node, or a node does not answer.
+    """
+    nodes = [node for node in ray.nodes() if node["Alive"] and _holds_a_worker(node["Resources"], section)]
+    if {node["NodeID"] for node in nodes} <= {ray.get_runtime_context().get_node_id()}:
+        return
+    marker, text = folder / f".probe-{os.getpid()}", secrets.token_hex(8)
+    answers = {node["NodeID"]: marker.with_name(f"{marker.name}-{node['NodeID']}") for node in nodes}
+    marker.write_text(text)
+    try:
+        problems = _ask_nodes(marker, text, answers, timeout_s)
+        for node in nodes:
+            path = answers[node["NodeID"]]
+            problem = problems.get(node["NodeID"], "it does not answer")
+            if problem is None and not (path.is_file() and path.read_text() == text):
+                problem = "what it writes there does not arrive here"
+            if problem is not None:
+                raise SharedStorageError(
+                    f"{folder} is not shared with node {node['NodeManagerAddress']} (id {node['NodeID'][:8]}): {problem}. "
+                    "A run on several nodes needs `run.root` or `run.dir` on storage that all of them mount under the "
+                    "same path, e.g. NFS; docs/cluster.md says how."
+                )
+    finally:
+        for path in (marker, *answers.values()):
+            path.unlink(missing_ok=True)
+
+
+def _ask_nodes(
+    marker: Path, text: str, answers: Mapping[str, Path], timeout_s: float
+) -> dict[str, str | None]:
+    """What is wrong with the folder on each node that answers."""
+    task = ray.remote(num_cpus=0, max_retries=0)(_answer_marker)
+    asked = {
+        task.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False)).remote(
+            marker, text, answer
+        ): node
+        for node, answer in answers.items()
+    }
+    done, _ = ray.wait(list(asked), num_returns=len(asked), timeout=timeout_s)
+    return {asked[reference]: ray.get(reference) for reference in done}
+
+
+def _answer_marker(marker: Path, text: str, answer: Path) -> str | None:
+    """On a node: read the marker and answer beside it; returns what went wrong."""
+    try:
+        if marker.read_text() != text:
+            return "it sees another folder under this path"
+        answer.write_text(text)
+    except OSError as error:
+        return f"{type(error).__name__} there ({error.strerror})"
+    return None
+
+
+def _one_worker(section: RaySection) -> dict[str, float]:
     return {"CPU": section.cpus_per_worker} | ({"GPU": 1.0} if wants_gpu(section) else {})
+
+
+def _holds_a_worker(resources: Mapping[str, float], section: RaySection) -> bool:
+    return all(resources.get(name, 0) >= amount for name, amount in _one_worker(section).items())

@@ -26,14 +26,24 @@ PACKAGES = (
 )
 """Packages whose versions can change a result."""
 
-_CHECKOUT = Path(eagleray.__file__).resolve().parent.parent
+_ROOT = Path(eagleray.__file__).resolve().parent.parent
+
+
+def checkout() -> Path | None:
+    """The working tree that this code runs from; `None` if it is installed as a package."""
+    return _ROOT if (_ROOT / "pyproject.toml").is_file() else None
+
+
+def in_submitted_job() -> bool:
+    """Whether this process is the driver of a submitted job (`ray job submit`), which belongs to that cluster."""
+    return "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
 
 
 def describe_environment() -> dict[str, Any]:
     """Versions, git state and hardware of this process; nothing heavy is imported to find them."""
     return {
         "eagleray": eagleray.__version__,
-        "git": git_state(_CHECKOUT),
+        "git": git_state(_ROOT),
         "python": platform.python_version(),
         "platform": platform.platform(),
         "packages": package_versions(),

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from eagleray.platform.cluster import check_placement, connected, wants_gpu
+from eagleray.platform.cluster import check_placement, check_shared_folder, connected, wants_gpu
 from eagleray.platform.config import validate_config
 from eagleray.platform.plots import plot_training
 from eagleray.platform.progress import training_progress
@@ -60,6 +60,7 @@ def train(
 
     Raises:
         PlacementError: The cluster cannot hold the run.
+        SharedStorageError: The run folder is not the same on all nodes.
         TrainingError: A worker failed more often than `ray.max_failures`.
         RunInterrupted: The run was asked to stop, by a signal or by the file `stop` in its folder.
     """
@@ -68,6 +69,7 @@ def train(
             _prepare_data(run, prepare, data_of)
         with connected(cfg.ray):
             check_placement(cfg.ray)
+            check_shared_folder(cfg.ray, run.path)
             summary = _fit(task_class, cfg, run, job, callbacks, trainer_class)
         run.write_report(summary)
         plot_training(run.path)

@@ -24,7 +24,7 @@ import yaml
 
 from eagleray.platform import storage
 from eagleray.platform.config import ConfigError, config_hash, diff_configs, flatten, to_yaml
-from eagleray.platform.environment import describe_environment
+from eagleray.platform.environment import describe_environment, in_submitted_job
 from eagleray.platform.sections import JobConfig, RunSection
 from eagleray.platform.tracking import METRICS_FILE
 
@@ -286,10 +286,22 @@ def _choose_path(job: str, section: RunSection) -> Path:
                 f"`{key}` is {value!r}; a run folder must be a path on a local or shared file system, "
                 "e.g. /mnt/shared/runs/first. Mount the bucket, or copy the folder there after the run."
             )
-    if section.dir is not None:
-        return Path(section.dir)
-    stamp = datetime.now(UTC).strftime("%Y%m%d-%H%M%S")
-    return Path(section.root) / job / f"{stamp}-{secrets.token_hex(3)}"
+    path = Path(section.dir if section.dir is not None else Path(section.root) / job / new_run_name())
+    if in_submitted_job() and not path.expanduser().is_absolute():
+        # Here a relative path would mean Ray's copy of the working tree, which Ray deletes.
+        path = Path.home() / path
+        logger.warning(
+            "`run.%s` is relative, and a submitted job's own folder does not last: the run is recorded under the "
+            "home folder of this node, in %s. Set an absolute path on storage that all nodes share.",
+            "root" if section.dir is None else "dir",
+            path,
+        )
+    return path
+
+
+def new_run_name() -> str:
+    """Name of a new run folder: the time, and a few letters in case two start at once."""
+    return f"{datetime.now(UTC).strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(3)}"
 
 
 def _experiment_hash(cfg: JobConfig) -> str:

@@ -115,7 +115,17 @@ def running(
 
 def serve_yaml(import_path: str, args: ServedModel, *, name: str, host: str, port: int) -> str:
     """The file with which `serve deploy` runs the same application."""
-    application = {
+    config = {
+        "proxy_location": "HeadOnly",
+        "http_options": _http_options(args, host=host, port=port),
+        "applications": [serve_application(import_path, args, name=name)],
+    }
+    return yaml.safe_dump(config, sort_keys=False, allow_unicode=True)
+
+
+def serve_application(import_path: str, args: ServedModel, *, name: str) -> dict[str, Any]:
+    """The application's entry in that file, and in the one of a RayService."""
+    return {
         "name": name,
         "route_prefix": "/",
         "import_path": import_path,
@@ -124,12 +134,6 @@ def serve_yaml(import_path: str, args: ServedModel, *, name: str, host: str, por
         | {"model": str(Path(args.model).expanduser().absolute())},
         "deployments": [{"name": name, "num_replicas": 1}],
     }
-    config = {
-        "proxy_location": "HeadOnly",
-        "http_options": _http_options(args, host=host, port=port),
-        "applications": [application],
-    }
-    return yaml.safe_dump(config, sort_keys=False, allow_unicode=True)
 
 
 def check_host(host: str, *, insecure_bind: bool) -> None:
