@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -423,12 +424,13 @@ def test_a_population_exploits(
     assert f"| 4    | {clone.name}  | {donor.name} |" in (done.path / "exploits.md").read_text()
     assert load_config(finetune.Config, done.best).optim.lr == report["best"]["optim.lr"]
 
-    # As if the driver had been killed just before the end: nothing is trained again.
+    # As if the driver had been killed before the clone's last segment: that alone is trained, with what was decided.
+    shutil.rmtree(clone / "segment-02")
     (done.path / "report.json").unlink()
     RunFolder(done.path).update_manifest(status="running")
-    trained = files(done.path / "trials")
+    others = {path: files(path) for path in (donor / "segment-02", clone / "segment-01")}
     resumed = sweep.main(resumed_config(done.path))
-    assert files(done.path / "trials") == trained
+    assert {path: files(path) for path in others} == others
     assert resumed.table == done.table
     assert json.loads((done.path / "report.json").read_text()) == report
 
