@@ -93,7 +93,8 @@ _KNOWN = (LisaDynamicLayer, LisaStaticLayer, DynamicSlidingWindowLayer, StaticSl
 
 def cache_bytes(cache: Cache) -> int:
     """Bytes of all keys and values that a cache holds."""
-    tensors = [t for layer in cache.layers for t in (layer.keys, layer.values) if t is not None]
+    layers: list[Any] = list(cache.layers)
+    tensors = [t for layer in layers for t in (layer.keys, layer.values) if t is not None]
     return sum(t.numel() * t.element_size() for t in tensors)
 
 

@@ -199,6 +199,6 @@ class LisaDecoderLayer(nn.Module):
 
     def forward(self, hidden: Tensor, scores: Tensor | None, step: Step) -> tuple[Tensor, Tensor]:
         """Hidden states [B, Q, width] and the scores that the layer above gets."""
-        attended, _, scores = self.self_attn(self.input_layernorm(hidden), scores, step)
+        attended, _, handed_on = self.self_attn(self.input_layernorm(hidden), scores, step)
         hidden = hidden + attended
-        return hidden + self.mlp(self.post_attention_layernorm(hidden)), scores
+        return hidden + self.mlp(self.post_attention_layernorm(hidden)), handed_on

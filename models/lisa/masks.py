@@ -45,6 +45,7 @@ def explicit_mask(
         position_ids=position_ids,
         allow_is_causal_skip=False,
     )
+    assert mask is not None, "leaving a causal mask out is not allowed above"
     mask = mask[..., :visible]
     if mask.dtype != torch.bool:
         mask = mask > torch.finfo(mask.dtype).min / 2
