@@ -59,6 +59,10 @@ class LisaStaticLayer(StaticLayer):
         self.is_initialized = True
 
 
+class LisaStaticSlidingLayer(LisaStaticLayer, StaticSlidingWindowLayer):
+    """Has the length of its window from the start."""
+
+
 def prepare_cache(cache: Cache, *, layers: int, shared_layers: tuple[int, ...]) -> None:
     """Give the shared layers of an empty cache their own classes; a cache that has them is left alone.
 
@@ -73,22 +77,7 @@ def prepare_cache(cache: Cache, *, layers: int, shared_layers: tuple[int, ...]) 
             "make it from the config of this model."
         )
     for i in shared_layers:
-        layer = cache.layers[i]
-        if type(layer) is DynamicLayer:
-            _check_empty(layer, i)
-            cache.layers[i] = LisaDynamicLayer()
-        elif type(layer) is StaticLayer:
-            _check_empty(layer, i)
-            cache.layers[i] = LisaStaticLayer(max_cache_len=layer.max_cache_len)
-        elif type(layer) not in _KNOWN:
-            raise ValueError(
-                f"Layer {i} of the cache is a {type(layer).__name__}; layers that share attention scores work with "
-                "dynamic, static and sliding-window caches only. Quantised caches and those that drop or merge keys "
-                "break the order of keys that layers have in common."
-            )
-
-
-_KNOWN = (LisaDynamicLayer, LisaStaticLayer, DynamicSlidingWindowLayer, StaticSlidingWindowLayer)
+        cache.layers[i] = _own(cache.layers[i], i)
 
 
 def cache_bytes(cache: Cache) -> int:
@@ -98,12 +87,26 @@ def cache_bytes(cache: Cache) -> int:
     return sum(t.numel() * t.element_size() for t in tensors)
 
 
-def _check_empty(layer: DynamicLayer | StaticLayer, index: int) -> None:
+def _own(layer: Any, index: int) -> Any:
+    """The cache layer of a shared layer in place of the one that transformers made."""
+    if type(layer) in (LisaDynamicLayer, LisaStaticLayer, LisaStaticSlidingLayer, DynamicSlidingWindowLayer):
+        return layer
+    if type(layer) not in (DynamicLayer, StaticLayer, StaticSlidingWindowLayer):
+        raise ValueError(
+            f"Layer {index} of the cache is a {type(layer).__name__}; layers that share attention scores work with "
+            "dynamic, static and sliding-window caches only. Quantised caches and those that drop or merge keys "
+            "break the order of keys that layers have in common."
+        )
     if int(layer.get_seq_length()):
         raise ValueError(
-            f"Layer {index} of the cache holds full keys, so a model that shares less filled it. Start from an empty "
-            "cache."
+            f"Layer {index} of the cache holds full keys, so a model that shares less filled it. Start from an "
+            "empty cache."
         )
+    if type(layer) is StaticLayer:
+        return LisaStaticLayer(max_cache_len=layer.max_cache_len)
+    if type(layer) is StaticSlidingWindowLayer:
+        return LisaStaticSlidingLayer(max_cache_len=layer.max_cache_len, sliding_window=layer.max_cache_len)
+    return LisaDynamicLayer()
 
 
 def _time_last(x: Tensor) -> Tensor:
