@@ -84,7 +84,7 @@ def test_layers_of_different_masks_do_not_share() -> None:
 
 def test_partial_rotary_codes_are_refused() -> None:
     rope = {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}
-    with pytest.raises(ValueError, match="only 0.5 of each head"):
+    with pytest.raises(ValueError, match=r"only 0\.5 of each head"):
         LisaLlamaConfig(rope_parameters=rope, lisa_attention={"shared_layers": [2]})
 
 
