@@ -26,7 +26,8 @@ import torch
 from benchmarks.harness import Ratio, Side, finish, interleave, median_ratio, start
 
 _LAYERS = 6
-_SHAPES = {"mha": {"heads": 4, "kv_heads": 4}, "gqa": {"heads": 8, "kv_heads": 2}}
+_SHAPES = {"mha": (4, 4), "gqa": (8, 2)}
+"""Query heads and KV heads."""
 _KERNELS = ("sdpa", "lisa_grouped")
 
 
@@ -43,9 +44,14 @@ class Subject:
         torch.manual_seed(0)
         torch.set_grad_enabled(False)
         self.batch = batch
-        sizes = _SHAPES[shape]
+        heads, kv_heads = _SHAPES[shape]
         config = llama_config(
-            vocab_size=1024, width=sizes["heads"] * head_size, layers=_LAYERS, max_length=2**14, **sizes
+            vocab_size=1024,
+            width=heads * head_size,
+            layers=_LAYERS,
+            heads=heads,
+            kv_heads=kv_heads,
+            max_length=2**14,
         )
         self.model: Any = LlamaForCausalLM(config).eval()
         if shared:
