@@ -26,7 +26,7 @@ import torch
 from benchmarks.harness import Ratio, Side, finish, interleave, median_ratio, start
 
 _LAYERS = 6
-_SHAPES = {"mha": (4, 4), "gqa": (8, 2)}
+_SHAPES = {"mha": (4, 4), "gqa": (4, 1)}
 """Query heads and KV heads."""
 _KERNELS = ("sdpa", "lisa_grouped")
 
@@ -70,7 +70,7 @@ class Subject:
         self.cache = None
         config, self.context, self.steps = self.model.config, context, steps
         cache = StaticCache(config=config, max_cache_len=context + steps)
-        prepare_cache(cache, layers=_LAYERS, shared_layers=self.spec.shared_layers)
+        prepare_cache(cache, config, self.spec.shared_layers)
         groups, size = config.num_key_value_heads, config.head_dim
         for i in range(_LAYERS):
             width = self.spec.rank_of(i) if i in self.spec.shared_layers else size

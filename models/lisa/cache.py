@@ -1,9 +1,9 @@
-"""Cache layers of shared layers: values and low-rank keys, stored with time as the last axis.
+"""Cache layers of shared layers: values and low-rank keys, where it pays stored with time as the last axis.
 
-A decode step reads every value once, as a product of one row of weights with all values. With time last both
-factors are contiguous along the summed axis, which CPUs stream several times faster than heads of numbers with a
-large stride between keys. The axes stand as in any other cache layer (keys [B, G_r, T, R], values [B, G, T, D]);
-only the memory behind them is transposed.
+A decode step reads every value once, as a product of rows of weights with all values. With one row (as many KV heads
+as query heads) CPUs stream values several times faster if time is the last axis; with a group of query heads to a KV
+head they do not. The axes stand as in any other cache layer (keys [B, G_r, T, R], values [B, G, T, D]); only the
+memory behind them is transposed.
 
 Two more differences from the classes they extend: the number of key heads may differ from that of value heads,
 and keys may have width 0 (rank 0), which must not pass for an empty cache when beams are reordered.
@@ -27,15 +27,19 @@ from transformers.cache_utils import (
 class LisaDynamicLayer(DynamicLayer):
     """Grows with the text."""
 
+    def __init__(self, *, time_last: bool) -> None:
+        super().__init__()
+        self.time_last = time_last
+
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
         if self.is_initialized and self.keys is not None and self.values is not None:
-            key_states = _append(self.keys, key_states)
-            value_states = _append(self.values, value_states)
+            key_states = self._append(self.keys, key_states)
+            value_states = self._append(self.values, value_states)
         else:
             self.dtype, self.device = value_states.dtype, value_states.device
-            key_states, value_states = _time_last(key_states), _time_last(value_states)
+            key_states, value_states = (self._append(x[:, :, :0], x) for x in (key_states, value_states))
             self.is_initialized = True
         self.keys, self.values = key_states, value_states
         return key_states, value_states
@@ -43,32 +47,46 @@ class LisaDynamicLayer(DynamicLayer):
     def get_seq_length(self) -> int:
         return 0 if self.values is None else self.values.shape[-2]
 
+    def _append(self, old: Tensor, new: Tensor) -> Tensor:
+        if not self.time_last:
+            return torch.cat([old, new], 2)
+        return torch.cat([old.transpose(2, 3), new.transpose(2, 3)], 3).transpose(2, 3)
+
 
 class LisaStaticLayer(StaticLayer):
     """Has its full length from the start."""
+
+    def __init__(self, *, time_last: bool, **sizes: int) -> None:
+        super().__init__(**sizes)
+        self.time_last = time_last
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         self.dtype, self.device = value_states.dtype, value_states.device
         self.batch_size, self.num_heads = value_states.shape[:2]
         self.k_head_dim, self.v_head_dim = key_states.shape[-1], value_states.shape[-1]
-        self.keys, self.values = (
-            x.new_zeros((*x.shape[:2], x.shape[-1], self.max_cache_len)).transpose(2, 3)
-            for x in (key_states, value_states)
-        )
+        self.keys, self.values = (self._allocate(x) for x in (key_states, value_states))
         self.cumulative_length = self.cumulative_length.to(self.device)
         self.is_initialized = True
+
+    def _allocate(self, like: Tensor) -> Tensor:
+        b, heads, _, width = like.shape
+        if not self.time_last:
+            return like.new_zeros((b, heads, self.max_cache_len, width))
+        return like.new_zeros((b, heads, width, self.max_cache_len)).transpose(2, 3)
 
 
 class LisaStaticSlidingLayer(LisaStaticLayer, StaticSlidingWindowLayer):
     """Has the length of its window from the start."""
 
 
-def prepare_cache(cache: Cache, *, layers: int, shared_layers: tuple[int, ...]) -> None:
+def prepare_cache(cache: Cache, config: Any, shared_layers: tuple[int, ...]) -> None:
     """Give the shared layers of an empty cache their own classes; a cache that has them is left alone.
 
     Raises:
         ValueError: The cache is of a kind that sharing does not work with, or another model filled it.
     """
+    layers = config.num_hidden_layers
+    time_last = config.num_attention_heads == config.num_key_value_heads
     if cache.layer_class_to_replicate is DynamicLayer:
         cache.layers.extend(DynamicLayer() for _ in range(layers - len(cache.layers)))
     if len(cache.layers) < layers:
@@ -77,7 +95,7 @@ def prepare_cache(cache: Cache, *, layers: int, shared_layers: tuple[int, ...]) 
             "make it from the config of this model."
         )
     for i in shared_layers:
-        cache.layers[i] = _own(cache.layers[i], i)
+        cache.layers[i] = _own(cache.layers[i], i, time_last=time_last)
 
 
 def cache_bytes(cache: Cache) -> int:
@@ -87,7 +105,7 @@ def cache_bytes(cache: Cache) -> int:
     return sum(t.numel() * t.element_size() for t in tensors)
 
 
-def _own(layer: Any, index: int) -> Any:
+def _own(layer: Any, index: int, *, time_last: bool) -> Any:
     """The cache layer of a shared layer in place of the one that transformers made."""
     if type(layer) in (LisaDynamicLayer, LisaStaticLayer, LisaStaticSlidingLayer, DynamicSlidingWindowLayer):
         return layer
@@ -103,15 +121,8 @@ def _own(layer: Any, index: int) -> Any:
             "empty cache."
         )
     if type(layer) is StaticLayer:
-        return LisaStaticLayer(max_cache_len=layer.max_cache_len)
+        return LisaStaticLayer(time_last=time_last, max_cache_len=layer.max_cache_len)
     if type(layer) is StaticSlidingWindowLayer:
-        return LisaStaticSlidingLayer(max_cache_len=layer.max_cache_len, sliding_window=layer.max_cache_len)
-    return LisaDynamicLayer()
-
-
-def _time_last(x: Tensor) -> Tensor:
-    return x.transpose(2, 3).contiguous().transpose(2, 3)
-
-
-def _append(old: Tensor, new: Tensor) -> Tensor:
-    return torch.cat([old.transpose(2, 3), new.transpose(2, 3)], -1).transpose(2, 3)
+        window = layer.max_cache_len
+        return LisaStaticSlidingLayer(time_last=time_last, max_cache_len=window, sliding_window=window)
+    return LisaDynamicLayer(time_last=time_last)

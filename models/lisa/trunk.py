@@ -138,7 +138,7 @@ class LisaTrunk(LisaPreTrained):
         if cache is None and use_cache:
             cache = DynamicCache(config=self.config)
         if cache is not None:
-            prepare_cache(cache, layers=len(self.layers), shared_layers=self.lisa.shared_layers)
+            prepare_cache(cache, self.config, self.lisa.shared_layers)
         return cache
 
     def _piece(

@@ -26,6 +26,7 @@ VARIANTS: list[dict[str, Any]] = [
     {"rope": "scaled", "source": "anchor"},
     {"rope": "none", "key_heads": 4, "align": AlignSpec(kind="glu")},
     {"row_center": "mean", "key_heads": 1},
+    {"config": {"num_key_value_heads": 4}},
     {"row_center": "max", "align": AlignSpec(kind="ffn_res", bias=False, act="gelu")},
     {"stage": "weights", "rank": 0, "align": AlignSpec(kind="linear+ffn", act="relu")},
 ]
@@ -211,6 +212,24 @@ def test_greedy_generation_is_a_loop(make_pair: Make, ids: Tensor, architecture:
     mask[:, :3] = 0
     found = student.generate(padded, attention_mask=mask, **options)
     assert torch.equal(found[:, 17:], expected[:, 14:])
+
+
+@pytest.mark.parametrize("static", [False, True], ids=["dynamic", "static"])
+@pytest.mark.parametrize(("kv_heads", "time_last"), [(4, True), (2, False)])
+def test_time_is_last_where_each_query_head_has_its_values(
+    make_pair: Make, ids: Tensor, static: bool, kv_heads: int, time_last: bool
+) -> None:
+    """Whatever the memory, the axes are those of any cache layer."""
+    _, student = make_pair(config={"num_key_value_heads": kv_heads})
+    cache: Any = (
+        StaticCache(config=student.config, max_cache_len=20)
+        if static
+        else DynamicCache(config=student.config)
+    )
+    in_pieces(student, ids, [9, 5], cache)
+    for stored in (cache.layers[3].keys, cache.layers[3].values):
+        assert stored.shape[2] == (20 if static else 14)
+        assert (stored.stride(2) == 1) == time_last
 
 
 @pytest.mark.parametrize("rank", [0, 4])
