@@ -55,6 +55,7 @@ JOB = "sweep"
 
 SPACES = {
     "label_smoothing": "eagleray.tune_spaces.label_smoothing",
+    "lisa_rank": "eagleray.tune_spaces.lisa_rank",
 }
 """Space name -> module with `space(search)`, `METRIC`, `MODE` and `CURVES`."""
 
