@@ -1,4 +1,4 @@
-"""Which layers of a model attend alike, and which bear sharing (papers sections 3 and 4).
+"""Which layers of a model attend alike, and which bear sharing (sections 3 and 4 of the paper).
 
     python -m eagleray.jobs.lisa.analyze --config configs/lisa/analyze_tiny.yaml model.path=...
 

@@ -32,13 +32,17 @@ def full_scores(q: Tensor, k: Tensor, scale: float) -> Tensor:
     return scores.reshape(b, h, queries, k.shape[2])
 
 
-def add_low_rank(scores: Tensor, q: Tensor, k: Tensor, scale: float) -> Tensor:
-    """`scores` [B, H, Q, T] plus scaled products of queries [B, H, Q, R] and keys [B, G, T, R]."""
+def add_low_rank(scores: Tensor, q: Tensor, k: Tensor, scale: float, *, in_place: bool = False) -> Tensor:
+    """`scores` [B, H, Q, T] plus scaled products of queries [B, H, Q, R] and keys [B, G, T, R].
+
+    `in_place` adds to `scores` themselves, which must then be nobody else's and without a gradient.
+    """
     b, h, queries, visible = scores.shape
     groups = k.shape[1]
     rows = q.reshape(b * groups, -1, q.shape[-1]).to(scores.dtype)
     keys = k.flatten(0, 1).transpose(1, 2).to(scores.dtype)
-    total = torch.baddbmm(scores.reshape(b * groups, -1, visible), rows, keys, alpha=scale)
+    grouped = scores.reshape(b * groups, -1, visible)
+    total = (grouped.baddbmm_ if in_place else grouped.baddbmm)(rows, keys, alpha=scale)
     return total.view(b, h, queries, visible)
 
 

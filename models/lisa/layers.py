@@ -146,9 +146,11 @@ class SharedAttention(_ScoreAttention):
             if step.mask is not None:
                 aligned = aligned.masked_fill(~step.mask, 0.0)
             return self._output(aligned, v), aligned, aligned
-        scores = add_low_rank(aligned, q, k, self.scaling) if self.rank else aligned
-        weights = attention_weights(scores, step.mask)
-        return self._output(weights, v), weights, scores
+        if self.rank:
+            own = aligned is not scores and not torch.is_grad_enabled()
+            aligned = add_low_rank(aligned, q, k, self.scaling, in_place=own)
+        weights = attention_weights(aligned, step.mask)
+        return self._output(weights, v), weights, aligned
 
     def align_scores(self, scores: Tensor, mask: Tensor | None) -> Tensor:
         """S_align = f(S), S without the statistic that `row_center` names."""

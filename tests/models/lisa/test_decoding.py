@@ -9,7 +9,7 @@ import pytest
 import torch
 from builders import tiny_model
 from torch import Tensor
-from transformers import AutoModelForCausalLM, DynamicCache, QuantizedCache, StaticCache
+from transformers import AutoModelForCausalLM, DynamicCache, StaticCache
 from transformers.cache_utils import DynamicLayer
 
 from eagleray.models.lisa.accounting import cache_bytes_per_token
@@ -277,10 +277,9 @@ def test_equal_sliding_windows_may_share(make_pair: Make, ids: Tensor, static: b
     )
     expected = logits(student, ids)
     torch.testing.assert_close(in_pieces(student, ids, [6, *[1] * 8], cache), expected, **EXACT)
-    other = ids.clone()
-    other[:, 0] = (ids[:, 0] + 1) % 64
-    reach = 6 * 3  # six layers hand on three tokens each: token 0 reaches all of this text
-    assert reach > 14 and not torch.equal(logits(student, other)[:, 4], expected[:, 4])
+    unlimited = make_pair("mistral")[1]
+    unlimited.load_state_dict(student.state_dict())
+    assert not torch.allclose(logits(unlimited, ids)[:, 4:], expected[:, 4:])
 
 
 def test_mixed_windows_share_within_runs(make_pair: Make, ids: Tensor) -> None:
@@ -365,7 +364,6 @@ def test_unsuitable_caches_are_refused(make_pair: Make, ids: Tensor) -> None:
     short.layers.pop()
     with pytest.raises(ValueError, match="has 5 layers, the model 6"):
         student(input_ids=ids, past_key_values=short)
-    assert QuantizedCache not in {type(c) for c in (cache, short)}
 
 
 def test_an_empty_cache_made_without_a_config_works(make_pair: Make, ids: Tensor) -> None:
