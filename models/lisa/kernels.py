@@ -42,7 +42,7 @@ def add_low_rank(scores: Tensor, q: Tensor, k: Tensor, scale: float, *, in_place
     rows = q.reshape(b * groups, -1, q.shape[-1]).to(scores.dtype)
     keys = k.flatten(0, 1).transpose(1, 2).to(scores.dtype)
     grouped = scores.reshape(b * groups, -1, visible)
-    total = (grouped.baddbmm_ if in_place else grouped.baddbmm)(rows, keys, alpha=scale)
+    total = torch.baddbmm(grouped, rows, keys, alpha=scale, out=grouped if in_place else None)
     return total.view(b, h, queries, visible)
 
 

@@ -80,14 +80,14 @@ def test_analysis_feeds_conversion(teacher: Path, tmp_path: Path) -> None:
 @pytest.mark.ray
 def test_both_phases_train(teacher: Path, tmp_path: Path, ray_cluster: None) -> None:
     """Phase A brings the layers closer to the teacher; phase B goes on from its model. Nothing else moves."""
-    address = ["ray.address=auto", "share.layers=[2,3]", "train.max_steps=12", "train.eval_every=6"]
-    local = load(lisa_train.Config, teacher, tmp_path, *address, "optim.lr=0.01")
+    quick = ["share.layers=[2,3]", "train.max_steps=12", "train.eval_every=6"]
+    local = load(lisa_train.Config, teacher, tmp_path, *quick, "optim.lr=0.01")
     first = lisa_train.main(local)
     lines = [json.loads(line) for line in (first.path / "metrics.jsonl").read_text().splitlines()]
     evaluations = [line["distance"] for line in lines if line["kind"] == "eval"]
     assert evaluations[-1] < evaluations[0]
     phase_b = [f"run.dir={tmp_path / 'b'}", "phase=end_to_end", f"student.path={first.path / 'model'}"]
-    second = lisa_train.main(load(lisa_train.Config, teacher, tmp_path, *address, *phase_b, "optim.lr=1e-4"))
+    second = lisa_train.main(load(lisa_train.Config, teacher, tmp_path, *quick, *phase_b, "optim.lr=1e-4"))
     start, end = (
         dict(AutoModelForCausalLM.from_pretrained(r.path / "model").named_parameters())
         for r in (first, second)
