@@ -19,6 +19,10 @@ JOBS = {
     "gram.discriminative": "eagleray.jobs.gram.discriminative",
     "gram.evaluate": "eagleray.jobs.gram.evaluate",
     "gram.demo": "eagleray.jobs.gram.demo",
+    "lisa.analyze": "eagleray.jobs.lisa.analyze",
+    "lisa.convert": "eagleray.jobs.lisa.convert",
+    "lisa.train": "eagleray.jobs.lisa.train",
+    "lisa.evaluate": "eagleray.jobs.lisa.evaluate",
     "sweep": "eagleray.jobs.sweep",
 }
 """Job name -> module."""

@@ -48,6 +48,7 @@ JOB = "sweep"
 SPACES = {
     "label_smoothing": "eagleray.tune_spaces.label_smoothing",
     "optim": "eagleray.tune_spaces.optim",
+    "lisa_rank": "eagleray.tune_spaces.lisa_rank",
 }
 """Space name -> module with `space(search)` and, unless the job's own metric selects, `METRIC`, `MODE`, `CURVES`."""
 

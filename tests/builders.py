@@ -17,11 +17,13 @@ from transformers import (
     MistralForCausalLM,
     PreTrainedModel,
     PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen2ForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
 )
 
-Architecture = Literal["llama", "qwen3", "mistral"]
+Architecture = Literal["llama", "qwen2", "qwen3", "mistral"]
 ARCHITECTURES: tuple[Architecture, ...] = ("llama", "qwen3", "mistral")
 
 BOS, EOS, PAD, TURN = "<|bos|>", "<|im_end|>", "<|pad|>", "<|im_start|>"
@@ -111,6 +113,7 @@ def tiny_model(
     }
     classes = {
         "llama": (LlamaConfig, LlamaForCausalLM),
+        "qwen2": (Qwen2Config, Qwen2ForCausalLM),
         "qwen3": (Qwen3Config, Qwen3ForCausalLM),
         "mistral": (MistralConfig, MistralForCausalLM),
     }

@@ -1,0 +1,1 @@
+"""Jobs of LiSA: analysis, conversion, training and evaluation of models that share attention scores."""

@@ -1,0 +1,164 @@
+"""What the jobs of LiSA have in common: token blocks, which layers share and how, conversion."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor
+
+from eagleray.models.lisa.accounting import past_break_even
+from eagleray.models.lisa.config import head_dim, layer_kinds
+from eagleray.models.lisa.convert import Start, convert
+from eagleray.models.lisa.probe import probe_sharing
+from eagleray.models.lisa.selection import greedy_layers, layer_count, periodic_layers
+from eagleray.models.lisa.spec import AlignSpec, LisaSpec
+from eagleray.platform.config import Config as Section
+from eagleray.platform.config import ConfigError
+from eagleray.platform.data.text import TextData, iter_texts, pack_tokens
+
+
+class BlocksSection(TextData):
+    """Text, tokenised and packed into blocks without padding."""
+
+    block_length: int = Field(default=512, ge=16)
+    """Tokens of a block."""
+    max_blocks: int | None = Field(default=None, ge=1)
+    """Use only the first blocks of each part."""
+
+    def blocks(self, tokenizer: Any, part: Literal["train", "dev"]) -> np.ndarray:
+        """Token ids, int32, [blocks, block_length]."""
+        ids = (
+            tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
+            for text in iter_texts(self, part)
+        )
+        eos = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else 0
+        return pack_tokens(ids, block_length=self.block_length, eos_id=eos)[: self.max_blocks]
+
+
+class AlignSection(Section):
+    """The head-alignment network f."""
+
+    kind: Literal["none", "identity", "linear", "ffn", "ffn_res", "linear+ffn", "glu"] = "linear+ffn"
+    """Form of f; `identity` is direct sharing."""
+    width: int | None = Field(default=None, ge=1)
+    """Hidden units; default: the number of heads, half of it for `linear+ffn`."""
+    act: Literal["silu", "relu", "gelu"] = "silu"
+    """Non-linearity."""
+    bias: bool = True
+    """Whether the feed-forward part has biases."""
+
+
+class ShareSection(Section):
+    """Which layers share, and how."""
+
+    layers: list[int] | None = None
+    """The layers themselves; default: chosen as `select` says."""
+    select: Literal["greedy", "periodic"] = "greedy"
+    """`greedy`: those whose sharing alone raises the loss least. `periodic`: all but two at the bottom and then every
+    `every`-th."""
+    analysis: str | None = None
+    """`report.json` of a `lisa.analyze` run for `greedy`; default: probe here."""
+    fraction: float = Field(default=0.53, gt=0, lt=1)
+    """Share of the layers (`greedy`); the paper's range is 0.53 to 0.84."""
+    every: int = Field(default=2, ge=2)
+    """Distance of full layers (`periodic`)."""
+    max_chain: int | None = Field(default=None, ge=1)
+    """Longest run of sharing layers (`greedy`)."""
+    source: Literal["prev", "anchor"] = "prev"
+    """Scores of the preceding layer, or of the nearest full one below."""
+    rank: int = Field(default=20, ge=0)
+    """Size of a low-rank query or key head; 0: alignment alone."""
+    key_heads: int | None = Field(default=None, ge=1)
+    """Low-rank key heads; default: the KV heads of the model."""
+    align: AlignSection = AlignSection()
+    rope: Literal["pairs", "scaled", "none"] = "pairs"
+    """Rotary code of low-rank heads."""
+
+    @model_validator(mode="after")
+    def _rotary_rank_is_even(self) -> ShareSection:
+        if self.rank % 2 and self.rope != "none":
+            raise ValueError(f"`share.rank` is {self.rank}; with a rotary code it must be even")
+        return self
+
+    def spec(self, layers: Sequence[int]) -> LisaSpec:
+        """The specification for the chosen layers."""
+        align = AlignSpec(**self.align.model_dump())
+        options = {name: getattr(self, name) for name in ("source", "rank", "key_heads", "rope")}
+        return LisaSpec(shared_layers=tuple(layers), align=align, **options)
+
+    def check_model(self, config: Any) -> None:
+        """Refuse what costs more than it saves.
+
+        Raises:
+            ConfigError: The scores of a shared layer take more arithmetic than full ones.
+        """
+        size = head_dim(config)
+        for _, share in past_break_even(self.spec([1]), heads=config.num_attention_heads, size=size):
+            raise ConfigError(
+                f"`share.rank` {self.rank} with `share.align.kind` {self.align.kind!r} takes {share:.2f} times the "
+                f"arithmetic of full scores at head size {size}. Lower `share.rank` or `share.align.width`."
+            )
+
+
+class StartSection(Section):
+    """How the added weights start."""
+
+    align: Literal["ridge", "identity", "random"] = "ridge"
+    """The linear path of f: least squares on calibration text, direct sharing, or random."""
+    low_rank: Literal["zero_k", "pairs", "lstsq"] = "zero_k"
+    """The low-rank branch: no effect, the teacher's rotary pairs that explain most, or those fitted."""
+    blocks: int = Field(default=32, ge=1)
+    """Blocks of training text for calibration and probing."""
+
+
+def choose_layers(share: ShareSection, model: Any, texts: Sequence[Tensor]) -> tuple[int, ...]:
+    """The layers that share, by list, probe or period.
+
+    Raises:
+        ConfigError: The analysis was made of another model, or the choice is impossible.
+    """
+    count = model.config.num_hidden_layers
+    if share.layers is not None:
+        return tuple(share.layers)
+    if share.select == "periodic":
+        return periodic_layers(count, every=share.every)
+    if share.analysis is None:
+        rise = probe_sharing(model, texts, layers=range(2, count))
+    else:
+        report = json.loads(Path(share.analysis).read_text())
+        if report["layers"] != count:
+            raise ConfigError(
+                f"`share.analysis` is of a model of {report['layers']} layers; this one has {count}."
+            )
+        rise = {int(layer): value for layer, value in report["rise"].items()}
+    return greedy_layers(
+        rise, layer_count(count, share.fraction), kinds=layer_kinds(model.config), max_chain=share.max_chain
+    )
+
+
+def convert_model(
+    share: ShareSection, start: StartSection, model: Any, blocks: np.ndarray, *, seed: int
+) -> Any:
+    """Choose layers, calibrate, convert.
+
+    Raises:
+        ConfigError: The sections do not fit the model.
+    """
+    share.check_model(model.config)
+    texts = as_texts(blocks[: start.blocks])
+    try:
+        spec = share.spec(choose_layers(share, model, texts))
+        return convert(model, spec, texts, start=Start(align=start.align, low_rank=start.low_rank, seed=seed))
+    except ValueError as error:
+        raise ConfigError(f"`share`: {error}") from error
+
+
+def as_texts(blocks: np.ndarray, *, batch: int = 4) -> list[Tensor]:
+    """Blocks as batches of token ids [B, T]."""
+    return list(torch.from_numpy(blocks.astype("int64")).split(batch))

@@ -1,0 +1,90 @@
+"""The arithmetic of one attention layer on explicit scores, laid out so that each product reads its cache once.
+
+    S_full = q k^T / sqrt(d)      S = S_align + s_r q_r k_r^T      y = softmax(S + mask) v
+
+Every product is one batched matrix product over (sequence, key head), with the query heads of a group and the
+queries side by side as rows: keys and values are never repeated. Scores stay unmasked, because f of the next layer
+reads them; the mask enters in the softmax only.
+
+Shapes: B sequences, H query heads, G key or value heads (a divisor of H), Q queries, T visible keys, D head size.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+GROUPED = "lisa_grouped"
+"""Name under which `grouped_attention` is an `attn_implementation` of transformers."""
+
+
+def full_scores(q: Tensor, k: Tensor, scale: float) -> Tensor:
+    """Scaled scores [B, H, Q, T] of queries [B, H, Q, D] and keys [B, G, T, D]."""
+    b, h, queries, d = q.shape
+    rows = (q * scale).reshape(b * k.shape[1], -1, d)
+    keys = k.flatten(0, 1)
+    if rows.shape[1] <= 4 and not q.is_cuda and keys.stride(-1) == 1:
+        # With few rows BLAS streams the keys two to four times faster as the left factor.
+        scores = torch.bmm(keys, rows.transpose(1, 2)).transpose(1, 2)
+    else:
+        scores = torch.bmm(rows, keys.transpose(1, 2))
+    return scores.reshape(b, h, queries, k.shape[2])
+
+
+def add_low_rank(scores: Tensor, q: Tensor, k: Tensor, scale: float, *, in_place: bool = False) -> Tensor:
+    """`scores` [B, H, Q, T] plus scaled products of queries [B, H, Q, R] and keys [B, G, T, R].
+
+    `in_place` adds to `scores` themselves, which must then be nobody else's and without a gradient.
+    """
+    b, h, queries, visible = scores.shape
+    groups = k.shape[1]
+    rows = q.reshape(b * groups, -1, q.shape[-1]).to(scores.dtype)
+    keys = k.flatten(0, 1).transpose(1, 2).to(scores.dtype)
+    grouped = scores.reshape(b * groups, -1, visible)
+    total = torch.baddbmm(grouped, rows, keys, alpha=scale, out=grouped if in_place else None)
+    return total.view(b, h, queries, visible)
+
+
+def attention_weights(scores: Tensor, mask: Tensor | None) -> Tensor:
+    """Softmax over the visible keys, in float32 at least; a row without any is uniform, not NaN."""
+    if mask is not None:
+        scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
+    return torch.softmax(scores, -1, dtype=torch.promote_types(scores.dtype, torch.float32))
+
+
+def weighted_values(weights: Tensor, v: Tensor) -> Tensor:
+    """Weights [B, H, Q, T] and values [B, G, T, D] -> outputs [B, Q, H x D]."""
+    b, h, queries, visible = weights.shape
+    groups = v.shape[1]
+    rows = weights.reshape(b * groups, -1, visible).to(v.dtype)
+    out = torch.bmm(rows, v.flatten(0, 1)).view(b, h, queries, -1)
+    return out.transpose(1, 2).reshape(b, queries, -1)
+
+
+def grouped_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    **_: object,
+) -> tuple[Tensor, Tensor]:
+    """The same arithmetic in the form of a transformers attention function, for plain layers."""
+    scores = full_scores(query, key, query.shape[-1] ** -0.5 if scaling is None else scaling)
+    weights = attention_weights(scores, attention_mask)
+    out = weighted_values(F.dropout(weights, dropout, module.training), value)
+    return out.view(*out.shape[:2], query.shape[1], -1), weights
+
+
+def row_statistic(scores: Tensor, mask: Tensor | None, kind: str) -> Tensor:
+    """Maximum or mean of each row of scores over its visible keys, shape [B, H, Q, 1]; 0 where there are none."""
+    if mask is None:
+        return scores.amax(-1, keepdim=True) if kind == "max" else scores.mean(-1, keepdim=True)
+    seen = mask.sum(-1, keepdim=True)
+    if kind == "max":
+        largest = scores.masked_fill(~mask, torch.finfo(scores.dtype).min).amax(-1, keepdim=True)
+        return largest.masked_fill(seen == 0, 0.0)
+    return scores.masked_fill(~mask, 0.0).sum(-1, keepdim=True) / seen.clamp(min=1)
