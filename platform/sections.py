@@ -95,6 +95,9 @@ class TrainSection(Config):
     """Examples of one optimiser step, over all workers (the global batch)."""
     micro_batch_size: int = Field(default=8, ge=1)
     """Examples of one forward pass of one worker; accumulation follows from it."""
+    micro_batch_length: int | None = Field(default=None, ge=1)
+    """Largest padded length (tokens, frames) of one forward pass: examples times the longest of them.
+    `micro_batch_size` is then only the most examples of a pass."""
     epochs: float = Field(default=1.0, gt=0)
     """Passes over the data; the sampler runs on across the border, so that every batch is full."""
     max_steps: int | None = Field(default=None, ge=1)
@@ -171,6 +174,13 @@ class TrainingConfig(JobConfig):
 
     @model_validator(mode="after")
     def _batch_divides(self) -> Any:
+        if self.train.micro_batch_length is not None:
+            if self.train.batch_size % self.ray.num_workers:
+                raise ValueError(
+                    f"`train.batch_size` is {self.train.batch_size}; it must be a multiple of `ray.num_workers`, "
+                    f"{self.ray.num_workers}"
+                )
+            return self
         per_pass = self.ray.num_workers * self.train.micro_batch_size
         if self.train.batch_size % per_pass:
             raise ValueError(

@@ -26,7 +26,7 @@ import torch.distributed as dist
 
 from eagleray.platform.checkpoints import LoopState, clean_partial, restore_checkpoint, save_checkpoint
 from eagleray.platform.config import config_hash
-from eagleray.platform.data.sampler import BatchSampler
+from eagleray.platform.data.sampler import BatchSampler, cut_by_length
 from eagleray.platform.engine import build_engine, sharded_loading
 from eagleray.platform.pretrained import export_model
 from eagleray.platform.runs import FREE_ON_RESUME
@@ -87,6 +87,7 @@ class _Loop:
             micro_batch_size=cfg.train.micro_batch_size,
             seed=cfg.train.seed,
             bucket_batches=cfg.train.bucket_batches,
+            micro_batch_length=cfg.train.micro_batch_length,
         )
         self.steps = total_steps(cfg.train, len(task.train_lengths))
         self.eval_every = cfg.train.eval_every or max(1, math.ceil(self.steps / 10))
@@ -133,7 +134,7 @@ class _Loop:
 
         def collate(step: int) -> list[Batch]:
             shares = self.sampler.micro_batches(step, rank=self.rank, world_size=self.world_size)
-            return [self.task.train_batch(indices) for indices in shares]
+            return [self.task.train_batch(indices, step=step) for indices in shares]
 
         upcoming = pool.submit(collate, self.state.step) if self.state.step < self.steps else None
         while upcoming is not None:
@@ -191,7 +192,13 @@ class _Loop:
     def _evaluate_and_keep(self) -> bool:
         """Evaluate, keep the model if it is the best, checkpoint; true if training should stop."""
         if len(self.task.eval_lengths):
-            metrics = evaluate(self.task, self.engine, batch_size=self.cfg.train.micro_batch_size)
+            train = self.cfg.train
+            metrics = evaluate(
+                self.task,
+                self.engine,
+                batch_size=train.micro_batch_size,
+                batch_length=train.micro_batch_length,
+            )
             self.state.last_eval = metrics
             if self.sink:
                 self.sink.log(self.state.step, metrics, kind="eval")
@@ -246,17 +253,21 @@ class _Loop:
 
 
 @torch.no_grad()
-def evaluate(task: Task, engine: Any, *, batch_size: int) -> dict[str, float]:
+def evaluate(
+    task: Task, engine: Any, *, batch_size: int, batch_length: int | None = None
+) -> dict[str, float]:
     """Metrics of the whole evaluation set, the same on every worker and for any number of workers."""
     engine.eval()
     rank, world_size = dist.get_rank(), dist.get_world_size()
-    order = sorted(range(len(task.eval_lengths)), key=lambda i: task.eval_lengths[i])
-    chunks = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
+    lengths = task.eval_lengths
+    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+    pieces = cut_by_length([lengths[i] for i in order], batch_size, batch_length)
+    chunks = [order[piece] for piece in pieces]
     mine: list[tuple[int, Any]] = []
     for first in range(0, len(chunks), world_size):
         own = first + rank
-        # Under ZeRO-3 every forward is collective: a worker without a chunk of its own repeats the first one.
-        chunk = chunks[own] if own < len(chunks) else chunks[0]
+        # Under ZeRO-3 every forward is collective: a worker without a chunk of its own repeats the shortest.
+        chunk = chunks[own] if own < len(chunks) else chunks[-1]
         batch = task.eval_batch(chunk).to(engine.device)
         records = engine(task.evaluate_batch, batch.tensors)
         if own < len(chunks):

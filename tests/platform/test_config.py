@@ -165,6 +165,10 @@ def test_fields_are_described_once() -> None:
 def test_batch_size_must_divide() -> None:
     with pytest.raises(ConfigError, match=r"`train\.batch_size` is 32; it must be a multiple .* 3 x 8 = 24"):
         load_config(TrainingConfig, None, ["ray.num_workers=3"])
+    by_length = ["train.micro_batch_length=4000", "train.micro_batch_size=64"]
+    assert load_config(TrainingConfig, None, ["ray.num_workers=2", *by_length]).train.batch_size == 32
+    with pytest.raises(ConfigError, match=r"`train\.batch_size` is 32; .* multiple of `ray\.num_workers`, 3"):
+        load_config(TrainingConfig, None, ["ray.num_workers=3", *by_length])
 
 
 @pytest.mark.parametrize(
