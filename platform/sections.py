@@ -118,6 +118,8 @@ class TrainSection(Config):
     """How many of the latest checkpoints stay, for resuming."""
     keep_model: Literal["best", "last"] = "best"
     """Which model ends in `model/`: the best by `metric` (the last if there is no evaluation), or the last."""
+    average_best: int = Field(default=1, ge=1)
+    """With 2 or more, `model/` is the mean of this many best models, which stay in `best/`."""
     metric: str | None = None
     """Evaluation metric that decides which model is kept; default: the task's own."""
     patience: int | None = Field(default=None, ge=1)
@@ -171,6 +173,14 @@ class TrainingConfig(JobConfig):
     deepspeed: DeepSpeedSection = DeepSpeedSection()
     lora: LoraSection | None = None
     tracking: TrackingSection = TrackingSection()
+
+    @model_validator(mode="after")
+    def _average_is_of_the_best(self) -> Any:
+        if self.train.average_best > 1 and (self.train.keep_model == "last" or self.lora is not None):
+            raise ValueError(
+                "`train.average_best` needs `train.keep_model: best` and whole models, without `lora`"
+            )
+        return self
 
     @model_validator(mode="after")
     def _batch_divides(self) -> Any:

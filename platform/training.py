@@ -14,6 +14,7 @@ from __future__ import annotations
 import logging
 import math
 import random
+import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -24,6 +25,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from eagleray.platform.averaging import average_models
 from eagleray.platform.checkpoints import LoopState, clean_partial, restore_checkpoint, save_checkpoint
 from eagleray.platform.config import config_hash
 from eagleray.platform.data.sampler import BatchSampler, cut_by_length
@@ -78,6 +80,7 @@ class _Loop:
         self.task, self.cfg, self.report = task, cfg, report
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         self.checkpoints, self.model_dir = run_dir / "checkpoints", run_dir / "model"
+        self.best_models = run_dir / "best"
         self.config_hash = config_hash(cfg, exclude=[*FREE_ON_RESUME])
         self.metric = cfg.train.metric or task.metric
         self.mode = task.mode
@@ -120,7 +123,9 @@ class _Loop:
                         )
                         break
             if self.state.best is None or self.cfg.train.keep_model == "last":
-                self._export()
+                self._export(self.model_dir)
+            elif self.cfg.train.average_best > 1:
+                self._average_best()
             return self._summary()
         finally:
             if self.sink:
@@ -219,15 +224,35 @@ class _Loop:
         if self.metric not in metrics:
             raise ValueError(f"`train.metric` is {self.metric!r}; this job evaluates: {', '.join(metrics)}.")
         value, best = metrics[self.metric], self.state.best
+        if self.cfg.train.average_best > 1:
+            self._keep_for_average(value)
         if best is None or (value < best if self.mode == "min" else value > best):
             self.state.best, self.state.best_step, self.state.stale = value, self.state.step, 0
             if self.cfg.train.keep_model == "best":
-                self._export()
+                self._export(self.model_dir)
         else:
             self.state.stale += 1
 
-    def _export(self) -> None:
-        export_model(self.engine.module.model, self.model_dir, save_extras=self.task.save_extras)
+    def _keep_for_average(self, value: float) -> None:
+        """Export the model if it is among the best, and remove the one that is no longer."""
+        sign = 1 if self.mode == "min" else -1
+        step = f"step-{self.state.step:08d}"
+        values = {**self.state.best_models, step: value}
+        kept = sorted(values, key=lambda name: sign * values[name])[: self.cfg.train.average_best]
+        if step in kept:
+            self._export(self.best_models / step)
+        if self.rank == 0:
+            for name in values.keys() - set(kept):
+                shutil.rmtree(self.best_models / name, ignore_errors=True)
+        self.state.best_models = {name: values[name] for name in kept}
+
+    def _average_best(self) -> None:
+        if self.rank == 0:
+            average_models([self.best_models / name for name in self.state.best_models], self.model_dir)
+        dist.barrier()
+
+    def _export(self, path: Path) -> None:
+        export_model(self.engine.module.model, path, save_extras=self.task.save_extras)
 
     def _summary(self) -> dict[str, float]:
         state = self.state
