@@ -80,8 +80,8 @@ class OptimSection(Config):
     """Added to the denominator."""
     weight_decay: float = Field(default=0.0, ge=0)
     """Decoupled weight decay, on matrices only (not on biases and norms)."""
-    schedule: Literal["cosine", "linear", "constant"] = "cosine"
-    """Shape after warm-up: to zero by a half cosine or a line, or flat."""
+    schedule: Literal["cosine", "linear", "constant", "inverse_sqrt"] = "cosine"
+    """Shape after warm-up: to zero by a half cosine or a line, flat, or with the inverse square root of the step."""
     warmup_ratio: float = Field(default=0.1, ge=0, lt=1)
     """Share of the steps in which the rate rises from zero."""
     clip_norm: float = Field(default=1.0, ge=0)

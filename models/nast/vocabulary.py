@@ -10,6 +10,7 @@ import io
 import logging
 import re
 from collections.abc import Iterable, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Literal
 
@@ -122,6 +123,15 @@ class Vocabulary:
     def save(self, path: Path) -> None:
         """Write the SentencePiece model."""
         path.write_bytes(self._model)
+
+
+def ctc_length(ids: Sequence[int]) -> int:
+    """Fewest frames that can spell the pieces: one each, and a blank between equal neighbours.
+
+    >>> ctc_length([5, 5, 6])
+    4
+    """
+    return len(ids) + sum(a == b for a, b in pairwise(ids))
 
 
 def _train(lines: list[str], size: int, kind: Kind, sentences: int) -> bytes:
