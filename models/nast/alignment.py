@@ -6,8 +6,9 @@ cumulative score R that may be entered at frame t from a best predecessor c[t �
 
     best[t] = R[t] + max over t' <= t of (c[t' − 1] − R[t' − 1]),
 
-a running maximum; for blanks R = 0. That is five tensor operations a label and no operation a frame. The running
-maximum also says *when* the path entered each label, so the way back jumps from label to label, on the host.
+a running maximum. For blanks R = 0, so c is a running maximum of the label before, too. That is four tensor operations
+a label and none a frame. A running maximum also says *when* a path entered a label, so the way back, on the host, jumps
+from label to label.
 
 Ties prefer to stay, then one step, then the skip over a blank; at the end the last label over the last blank.
 
@@ -93,16 +94,15 @@ def align(
     relative_USB = relative_USB.clamp_(min=FLOOR).sub_(blank_SB)
     grid = _forward(relative_USB, targets_BU)
 
-    host = _Grid(*(tensor.cpu().numpy() for tensor in grid))
-    lengths, counts = lengths_B.tolist(), target_lengths_B.tolist()
-    repeats = _equal_neighbours(targets_BU).cpu().numpy()
-    states = np.zeros((len(lengths), size), dtype=np.int64)
-    scores = np.array(
-        [
-            _backtrack(host, clip, length, count, repeats[clip], states[clip])
-            for clip, (length, count) in enumerate(zip(lengths, counts, strict=True))
-        ]
-    )
+    # Memory views read single numbers faster than arrays do.
+    host = _Grid(*(memoryview(tensor.cpu().numpy()) for tensor in grid))
+    repeats = _equal_neighbours(targets_BU).tolist()
+    states = np.zeros((len(targets_BU), size), dtype=np.int64)
+    scores = np.zeros(len(states))
+    for clip, (length, count) in enumerate(zip(lengths_B.tolist(), target_lengths_B.tolist(), strict=True)):
+        if count:
+            path, scores[clip] = _backtrack(host, clip, length, count, repeats[clip])
+            states[clip, : len(path)] = path
     states_BS = torch.from_numpy(states).to(log_probs_BSV.device)
     score_B = torch.from_numpy(scores).to(log_probs_BSV.device)
     score_B += (blank_SB.T * keep_mask(lengths_B, size)).sum(1)
@@ -114,74 +114,87 @@ def align(
 
 
 class _Grid(NamedTuple, Generic[Array]):
-    """Best scores relative to blanks; index 0 of the second axis is the time before the first frame."""
+    """Best scores relative to blanks, and where running maxima were reached (at the last frame of several that tie)."""
 
     label: Array
-    """Ends in label u: [U, S + 1, B]."""
-    blank: Array
-    """Ends in the blank before label u: [U + 1, S + 1, B]."""
-    label_entry: Array
-    """A frame at which the best path ending in label u entered it, the last if several tie: [U, S, B]."""
-    blank_entry: Array
-    """The same for blanks: [U + 1, S, B]."""
-    label_run: Array
-    """The running maxima behind `label_entry`: [U, S, B]."""
+    """Of paths that end in label u at frame t: [U, S, B]."""
+    entry: Array
+    """Maximum over the entries to label u up to t: [U, S, B]."""
+    entry_at: Array
+    """Where it was reached: [U, S, B]."""
+    best: Array
+    """Maximum of `label` up to t, at index t + 2, so that earlier frames are shifts: [U, S + 2, B]."""
+    best_at: Array
+    """Where it was reached: [U, S, B]."""
 
 
 def _forward(relative_USB: Tensor, targets_BU: Tensor) -> _Grid[Tensor]:
     labels, size, batch = relative_USB.shape
     total = relative_USB.new_zeros(labels, size + 1, batch)
     torch.cumsum(relative_USB, dim=1, out=total[:, 1:])
-    label = relative_USB.new_full((labels, size + 1, batch), -torch.inf)
-    blank = relative_USB.new_full((labels + 1, size + 1, batch), -torch.inf)
-    blank[0] = 0.0
-    run = relative_USB.new_empty(labels, size, batch)
-    label_entry = torch.empty(labels, size, batch, dtype=torch.long, device=run.device)
-    blank_entry = torch.zeros(labels + 1, size, batch, dtype=torch.long, device=run.device)
+    best = relative_USB.new_full((labels, size + 2, batch), -torch.inf)
+    label, entry = torch.empty_like(relative_USB), torch.empty_like(relative_USB)
+    entry_at, best_at = (torch.empty(relative_USB.shape, dtype=torch.long, device=label.device) for _ in "ab")
     equal_UB = _equal_neighbours(targets_BU).T
     some_equal = equal_UB.any(1).tolist()
+    # All views at once: making them one by one would take as long as the computation.
+    before, after = total[:, :-1].unbind(), total[:, 1:].unbind()
+    upto_t, upto_1, upto_2 = best[:, 2:].unbind(), best[:, 1:-1].unbind(), best[:, :-2].unbind()
+    entries, entries_at, in_label, best_ats = (x.unbind() for x in (entry, entry_at, label, best_at))
     for u in range(labels):
-        source = blank[u, :-1]
-        if u:
-            skip = label[u - 1, :-1]
-            if some_equal[u]:
-                skip = skip.masked_fill(equal_UB[u], -torch.inf)
-            source = torch.maximum(source, skip)
-        source = source - total[u, :-1]
-        torch.cummax(source, dim=0, out=(run[u], label_entry[u]))
-        torch.add(run[u], total[u, 1:], out=label[u, 1:])
-        torch.cummax(label[u, :-1], dim=0, out=(blank[u + 1, 1:], blank_entry[u + 1]))
-    return _Grid(label, blank, label_entry, blank_entry, run)
+        if u == 0:
+            source = before[0].neg()
+        else:
+            # From the label before, or from the blank between; only from the blank if the two labels are equal.
+            source = (
+                torch.where(equal_UB[u], upto_2[u - 1], upto_1[u - 1]) if some_equal[u] else upto_1[u - 1]
+            )
+            source = source - before[u]
+        torch.cummax(source, dim=0, out=(entries[u], entries_at[u]))
+        torch.add(entries[u], after[u], out=in_label[u])
+        torch.cummax(in_label[u], dim=0, out=(upto_t[u], best_ats[u]))
+    return _Grid(label, entry, entry_at, best, best_at)
 
 
 def _backtrack(
-    grid: _Grid[np.ndarray], clip: int, length: int, count: int, repeats: np.ndarray, states: np.ndarray
-) -> float:
-    """Fill the states of one clip from its end and return its score relative to blanks."""
-    label, blank = grid.label[:, :, clip], grid.blank[:, :, clip]
-    score = blank[count, length]
-    in_label = count > 0 and label[count - 1, length] >= score
+    grid: _Grid[memoryview], clip: int, length: int, count: int, repeats: list[bool]
+) -> tuple[np.ndarray, float]:
+    """States of one clip with at least one label, and its score relative to blanks; no states if it has no path."""
+    label, entry, entry_at, best, best_at = grid
+    u, last = count, length - 1  # in label u or in the blank before it, whose last frame is this one
+    score = best[u - 1, last + 1, clip]
+    in_label = label[u - 1, last, clip] >= score
     if in_label:
-        score = label[count - 1, length]
+        u -= 1
+        score = label[u, last, clip]
     if score == -np.inf:
-        return -np.inf
-    u, last = (count - 1 if in_label else count), length - 1  # label or blank u, and its last frame
-    while u or in_label:
-        run = grid.label_run[u, :, clip] if in_label else blank[u, 1:]
-        first = (grid.label_entry if in_label else grid.blank_entry)[u, last, clip]
-        while first and run[first - 1] == run[last]:  # staying wins ties, so the earliest entry is the one
-            first -= 1
-        states[first : last + 1] = 2 * u + in_label
-        last = first - 1
-        if not in_label:
-            u, in_label = u - 1, True
-        elif u and not repeats[u] and label[u - 1, first] > blank[u, first]:
-            u -= 1
-        else:
-            in_label = False
-        if last < 0:
+        return np.empty(0), score
+    states: list[int] = []
+    durations: list[int] = []
+    while True:
+        states.append(2 * u + in_label)
+        if in_label:
+            first, value = entry_at[u, last, clip], entry[u, last, clip]
+            while first and entry[u, first - 1, clip] == value:  # staying wins ties: the earliest entry
+                first -= 1
+            durations.append(last + 1 - first)
+            last = first - 1
+            skips = u and not repeats[u] and label[u - 1, last, clip] > best[u - 1, last + 1, clip]
+            if skips:
+                u -= 1
+            else:
+                in_label = False
+        elif u == 0:
+            durations.append(last + 1)
             break
-    return float(score)
+        else:
+            u -= 1
+            before, value = best_at[u, last - 1, clip], best[u, last + 1, clip]
+            while before and best[u, before + 1, clip] == value:
+                before -= 1
+            durations.append(last - before)
+            last, in_label = before, True
+    return np.repeat(states[::-1], durations[::-1]), score
 
 
 def _equal_neighbours(targets_BU: Tensor) -> Tensor:

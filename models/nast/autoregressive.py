@@ -182,7 +182,7 @@ class _Search:
         # The ends are candidates of their own; the best `width` others exist in any case.
         for token in (self.config.eos_token_id, self.config.pad_token_id, self.config.blank_token_id):
             logits_NV[:, token] = -math.inf
-        best_NK, token_NK = logits_NV.topk(self.width, dim=-1)
+        best_NK, token_NK = logits_NV.topk(min(self.width, logits_NV.shape[1]), dim=-1)
         others = (self.score_BW[..., None] + (best_NK - total_N1).view(*self.score_BW.shape, -1)).flatten(1)
         score_BW, choice_BW = others.topk(self.width, dim=-1)
         if allow_end:
@@ -192,7 +192,7 @@ class _Search:
             self._finish(end_BW, better < self.width)
             if all(len(found) >= self.width for found in self.finished):
                 return True
-        parent_BW = choice_BW // self.width
+        parent_BW = choice_BW // token_NK.shape[1]
         token_BW = token_NK.view(self.batch, -1).gather(1, choice_BW)
         kept = self.tokens_BWU.gather(1, parent_BW[..., None].expand(-1, -1, self.tokens_BWU.shape[2]))
         self.tokens_BWU = torch.cat([kept, token_BW[..., None]], dim=2)

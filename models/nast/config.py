@@ -73,14 +73,15 @@ class NastConfig(PreTrainedConfig):
     def __post_init__(self, **kwargs: object) -> None:
         if self.strides is None:
             self.strides = [2, 2] if self.subsampling == "convolution" else [2, 2, 1, 2]
+        self._check_sizes()
         super().__post_init__(**kwargs)
 
-    def validate_architecture(self) -> None:
-        """Check that the sizes fit together; transformers calls this.
+    @property
+    def all_strides(self) -> tuple[int, ...]:
+        """Strides between features and the top of the acoustic encoder."""
+        return tuple(self.strides or ())
 
-        Raises:
-            ValueError: They do not.
-        """
+    def _check_sizes(self) -> None:
         if self.width % (2 * self.heads):
             raise ValueError(
                 f"`width` is {self.width}; it must be a multiple of 2 x `heads` = {2 * self.heads}."
@@ -107,11 +108,6 @@ class NastConfig(PreTrainedConfig):
                 f"`acoustic_layers` is {self.acoustic_layers}; it must be a multiple of the "
                 f"{len(self.strides or [])} stages in `strides`."
             )
-
-    @property
-    def all_strides(self) -> tuple[int, ...]:
-        """Strides between features and the top of the acoustic encoder."""
-        return tuple(self.strides or ())
 
 
 @strict
