@@ -19,6 +19,11 @@ JOBS = {
     "gram.discriminative": "eagleray.jobs.gram.discriminative",
     "gram.evaluate": "eagleray.jobs.gram.evaluate",
     "gram.demo": "eagleray.jobs.gram.demo",
+    "nast.prepare": "eagleray.jobs.nast.prepare",
+    "nast.train": "eagleray.jobs.nast.train",
+    "nast.translate": "eagleray.jobs.nast.translate",
+    "nast.evaluate": "eagleray.jobs.nast.evaluate",
+    "nast.distill": "eagleray.jobs.nast.distill",
     "sweep": "eagleray.jobs.sweep",
 }
 """Job name -> module."""

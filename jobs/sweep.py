@@ -55,6 +55,7 @@ JOB = "sweep"
 
 SPACES = {
     "label_smoothing": "eagleray.tune_spaces.label_smoothing",
+    "nast": "eagleray.tune_spaces.nast",
 }
 """Space name -> module with `space(search)`, `METRIC`, `MODE` and `CURVES`."""
 

@@ -9,8 +9,9 @@ import os
 import re
 import shutil
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,13 +25,13 @@ from eagleray.models.nast.layouts import Layout, read_layout
 from eagleray.models.nast.manifest import Utterance, check_utterance, clips_to_text, unique_ids
 from eagleray.models.nast.subsampler import subsampled_length
 from eagleray.models.nast.synthetic import write_corpus
-from eagleray.models.nast.vocabulary import Kind, Vocabulary, ctc_length
+from eagleray.models.nast.vocabulary import Kind, Vocabulary, ctc_length, save_vocabularies
 from eagleray.platform.config import Config as Section
 from eagleray.platform.data.examples import write_examples
 
 logger = logging.getLogger(__name__)
 
-SUMMARY_FILE, TARGET_FILE, SOURCE_FILE = "prepared.json", "vocabulary.model", "source_vocabulary.model"
+SUMMARY_FILE = "prepared.json"
 _SHOWN_ERRORS = 5
 _PUNCTUATION = re.compile(r"[^\w\s']|_")
 
@@ -89,28 +90,43 @@ class SpeechRules(Section):
         Raises:
             SpeechDataError: A row cannot be used and `on_error` is `raise`, or nothing is left.
         """
+        loaded = self.usable(
+            (row for source in sources for row in self._rows(source)), need_target=need_target
+        )
+        return replace(loaded, utterances=unique_ids(loaded.utterances))
+
+    def usable(
+        self, rows: Iterable[Utterance | SpeechDataError], *, need_target: bool = True
+    ) -> LoadedSpeech:
+        """Those rows that can be used; the headers of their audio files are read.
+
+        Raises:
+            SpeechDataError: A row cannot be used and `on_error` is `raise`, or nothing is left.
+        """
         loaded = LoadedSpeech()
-        for source in sources:
-            audio_dir = Path(self.root, source.audio_dir) if source.audio_dir else None
-            rows = read_layout(
-                Path(self.root, source.path),
-                layout=source.layout,
-                split=source.split,
-                source_language=self.source_language,
-                target_language=self.target_language,
-                audio_dir=audio_dir,
-            )
-            for number, row in enumerate(rows):
-                if number == source.limit:
-                    break
-                self._take(row, loaded, need_target=need_target)
+        for row in rows:
+            self._take(row, loaded, need_target=need_target)
         if not loaded.utterances:
-            paths = ", ".join(source.path for source in sources)
-            raise SpeechDataError(paths, "no row can be used", str(loaded.skipped or "there is none"))
-        loaded.utterances = unique_ids(loaded.utterances)
+            raise SpeechDataError(self.root, "no row can be used", loaded.reasons() or "there is none")
         if loaded.skipped:
-            logger.warning("%d rows were left out: %s; e.g. %s", *_told(loaded))
+            logger.warning(
+                "%d rows were left out: %s; e.g. %s",
+                loaded.skipped.total(),
+                loaded.reasons(),
+                loaded.errors[0],
+            )
         return loaded
+
+    def _rows(self, source: SpeechSource) -> Iterator[Utterance | SpeechDataError]:
+        rows = read_layout(
+            Path(self.root, source.path),
+            layout=source.layout,
+            split=source.split,
+            source_language=self.source_language,
+            target_language=self.target_language,
+            audio_dir=Path(self.root, source.audio_dir) if source.audio_dir else None,
+        )
+        return islice(rows, source.limit)
 
     def _take(self, row: Utterance | SpeechDataError, loaded: LoadedSpeech, *, need_target: bool) -> None:
         try:
@@ -195,6 +211,10 @@ class LoadedSpeech:
     skipped: Counter[str] = field(default_factory=Counter)
     errors: list[str] = field(default_factory=list)
 
+    def reasons(self) -> str:
+        """Why rows were left out, the most frequent reason first."""
+        return "; ".join(f"{count} x {reason}" for reason, count in self.skipped.most_common())
+
     def summary(self) -> dict[str, Any]:
         """Counts for reports."""
         return {
@@ -214,9 +234,23 @@ class LoadedSpeech:
 
 
 def prepare_examples(
-    data: SpeechData, vocabulary: VocabularySection, frontend: Frontend, folder: Path, *, seed: int
+    data: SpeechData,
+    vocabulary: VocabularySection,
+    frontend: Frontend,
+    folder: Path,
+    *,
+    strides: tuple[int, ...],
+    seed: int,
 ) -> dict[str, Any]:
     """Write examples, vocabularies and a summary into `folder`, or link those of a prepared run.
+
+    Args:
+        data: Which data, and its rules.
+        vocabulary: Pieces to learn.
+        frontend: For cached features.
+        folder: Where to write.
+        strides: Subsampling of the model, which decides how long a target may be.
+        seed: Seed of the vocabulary's sample.
 
     Returns:
         The summary: counts of both parts, sizes of the vocabularies, hashes.
@@ -226,14 +260,12 @@ def prepare_examples(
     parts = {name: data.read(sources) for name, sources in _sources(data, folder).items()}
     target, source = _train_vocabularies(parts["train"], vocabulary, seed)
     folder.mkdir(parents=True, exist_ok=True)
-    target.save(folder / TARGET_FILE)
-    if source is not target:
-        source.save(folder / SOURCE_FILE)
+    save_vocabularies(folder, target, source)
     summary: dict[str, Any] = {"vocabulary": len(target), "source_vocabulary": len(source)}
     for name, loaded in parts.items():
         counts = Counter[str]()
         drop = data.drop_infeasible and name == "train"
-        rows = _rows(loaded, target, source, counts, drop=drop)
+        rows = _rows(loaded, (target, source), strides, counts, drop=drop)
         if data.cache_features:
             rows = _with_features(rows, loaded, frontend)
         write_examples(folder / f"{name}.arrow", rows)
@@ -242,13 +274,6 @@ def prepare_examples(
     summary["frontend"], summary["cached"] = frontend.settings(), data.cache_features
     (folder / SUMMARY_FILE).write_text(json.dumps(summary, indent=1, ensure_ascii=False), encoding="utf-8")
     return summary
-
-
-def load_vocabularies(folder: Path) -> tuple[Vocabulary, Vocabulary]:
-    """Target and source vocabulary of a data or model folder; the same object where they are joint."""
-    target = Vocabulary.load(folder / TARGET_FILE)
-    separate = folder / SOURCE_FILE
-    return target, Vocabulary.load(separate) if separate.exists() else target
 
 
 def _sources(data: SpeechData, folder: Path) -> dict[str, list[SpeechSource]]:
@@ -273,13 +298,19 @@ def _train_vocabularies(
 
 
 def _rows(
-    loaded: LoadedSpeech, target: Vocabulary, source: Vocabulary, counts: Counter[str], *, drop: bool
+    loaded: LoadedSpeech,
+    vocabularies: tuple[Vocabulary, Vocabulary],
+    strides: tuple[int, ...],
+    counts: Counter[str],
+    *,
+    drop: bool,
 ) -> Iterator[dict[str, Any]]:
+    target, source = vocabularies
     counts.update(infeasible_targets=0, infeasible_sources=0)
     for row, seconds in zip(loaded.utterances, loaded.seconds, strict=True):
         source_ids, target_ids = source.encode(row.source), target.encode(row.target)
         frames = frame_count(round(seconds * SAMPLE_RATE))
-        room = subsampled_length(frames)
+        room = subsampled_length(frames, strides)
         infeasible = ctc_length(target_ids) > room
         counts.update(infeasible_targets=infeasible, infeasible_sources=ctc_length(source_ids) > room)
         if infeasible and drop:
@@ -336,8 +367,3 @@ def _link_prepared(prepared: Path, frontend: Frontend, folder: Path) -> dict[str
             except OSError:  # another file system
                 shutil.copy2(file, folder / file.name)
     return summary
-
-
-def _told(loaded: LoadedSpeech) -> tuple[int, str, str]:
-    reasons = "; ".join(f"{count} x {reason}" for reason, count in loaded.skipped.most_common())
-    return loaded.skipped.total(), reasons, loaded.errors[0]

@@ -26,6 +26,8 @@ class Config(JobConfig):
     data: SpeechData
     vocabulary: VocabularySection = VocabularySection()
     frontend: FrontendSection = FrontendSection()
+    strides: tuple[int, ...] = (2, 2)
+    """Subsampling of the models to come; decides which targets count as too long for CTC."""
     seed: int = Field(default=0, ge=0)
     """Seed of the vocabulary's sample of texts."""
 
@@ -44,7 +46,7 @@ def main(cfg: Config) -> dict[str, Any]:
     """
     with RunFolder.create(JOB, cfg).recording() as run:
         summary = prepare_examples(
-            cfg.data, cfg.vocabulary, cfg.frontend.build(), run.data, seed=cfg.seed
+            cfg.data, cfg.vocabulary, cfg.frontend.build(), run.data, strides=cfg.strides, seed=cfg.seed
         )
         run.update_manifest(data_hashes={part: summary[part]["sha256"] for part in ("train", "eval")})
         run.write_report(summary)

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from eagleray.models.nast.features import fbank, normalise
+from eagleray.models.nast.features import MEL_BINS, fbank, frame_count, normalise
 
 _FILE = "frontend.json"
 
@@ -30,8 +30,9 @@ class Frontend:
         if self.dither:
             generator = torch.Generator().manual_seed(0)
             wave_N = wave_N + self.dither * torch.randn(len(wave_N), generator=generator)
-        features_TF = fbank(wave_N)
-        return normalise(features_TF) if len(features_TF) else features_TF
+        if not frame_count(len(wave_N)):
+            return torch.zeros(0, MEL_BINS)
+        return normalise(fbank(wave_N))
 
     def settings(self) -> dict[str, Any]:
         """The settings as plain values."""

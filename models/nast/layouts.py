@@ -4,7 +4,7 @@ A fault in one row is handed on as a `SpeechDataError` in the stream, so that th
 to count it; a fault that shifts rows against each other (a text file with another number of lines) is raised.
 
 Tables are tab-separated with a header row, no quoting and a backslash as escape, or CSV. Columns go by their usual
-names (`_NAMES`); the audio column may be a path, `path:first_frame:frames`, or, with a column `gaps`, several
+names (`_NAMES`); the audio column may be a path, `path:first_frame:frames`, clips as JSON (as `nast.distill` writes them), or, with a column `gaps`, several
 recordings to be joined with that many samples of silence after each.
 """
 
@@ -22,7 +22,7 @@ import yaml
 
 from eagleray.models.nast.audio import AUDIO_SUFFIXES, Clip, probe
 from eagleray.models.nast.errors import SpeechDataError
-from eagleray.models.nast.manifest import Utterance
+from eagleray.models.nast.manifest import Utterance, clips_from_text
 
 Layout = Literal["auto", "mustc", "easy", "table"]
 Rows = Iterator[Utterance | SpeechDataError]
@@ -134,6 +134,8 @@ def _clips(fields: Mapping[str, str], audio_dir: Path, where: str) -> tuple[Clip
             Clip(path, pause=count / _rate(path, where) if count else 0.0)
             for path, count in zip((str(audio_dir / p) for p in paths), counts, strict=True)
         )
+    if fields["audio"].startswith("[{"):
+        return clips_from_text(fields["audio"])
     path, span = _split_span(fields["audio"])
     full = str(audio_dir / path)
     if span is not None:

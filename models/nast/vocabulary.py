@@ -22,6 +22,9 @@ BLANK_ID, PAD_ID, EOS_ID, UNK_ID = 0, 1, 2, 3
 BOS_ID = BLANK_ID
 """`<s>` doubles as the blank: a CTC target never holds it."""
 
+TARGET_FILE, SOURCE_FILE = "vocabulary.model", "source_vocabulary.model"
+"""Names in a data or model folder; there is no `SOURCE_FILE` where the vocabulary is joint."""
+
 Kind = Literal["unigram", "bpe", "word"]
 
 _LIMIT = re.compile(r"value <= (\d+)")
@@ -123,6 +126,24 @@ class Vocabulary:
     def save(self, path: Path) -> None:
         """Write the SentencePiece model."""
         path.write_bytes(self._model)
+
+
+def save_vocabularies(folder: Path, target: Vocabulary, source: Vocabulary) -> None:
+    """Write the target's and, unless it is the same object, the source's vocabulary."""
+    target.save(folder / TARGET_FILE)
+    if source is not target:
+        source.save(folder / SOURCE_FILE)
+
+
+def load_vocabularies(folder: Path) -> tuple[Vocabulary, Vocabulary]:
+    """Target and source vocabulary of a data or model folder; the same object where they are joint.
+
+    Raises:
+        ValueError: The folder has none.
+    """
+    target = Vocabulary.load(folder / TARGET_FILE)
+    separate = folder / SOURCE_FILE
+    return target, Vocabulary.load(separate) if separate.exists() else target
 
 
 def ctc_length(ids: Sequence[int]) -> int:

@@ -24,7 +24,7 @@ from eagleray.platform.tuning import Space
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY = ROOT / "configs/gram/finetune_tiny.yaml"
-TARGETS = {"label_smoothing": "gram.finetune"}
+TARGETS = {"label_smoothing": "gram.finetune", "nast": "nast.train"}
 """A job for each space, by which its keys are checked."""
 
 
