@@ -306,13 +306,17 @@ def _rows(
     drop: bool,
 ) -> Iterator[dict[str, Any]]:
     target, source = vocabularies
-    counts.update(infeasible_targets=0, infeasible_sources=0)
+    counts.update(infeasible_targets=0, infeasible_sources=0, without_transcript=0)
     for row, seconds in zip(loaded.utterances, loaded.seconds, strict=True):
         source_ids, target_ids = source.encode(row.source), target.encode(row.target)
         frames = frame_count(round(seconds * SAMPLE_RATE))
         room = subsampled_length(frames, strides)
         infeasible = ctc_length(target_ids) > room
-        counts.update(infeasible_targets=infeasible, infeasible_sources=ctc_length(source_ids) > room)
+        counts.update(
+            infeasible_targets=infeasible,
+            infeasible_sources=ctc_length(source_ids) > room,
+            without_transcript=not row.source,
+        )
         if infeasible and drop:
             continue
         yield {

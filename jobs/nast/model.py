@@ -123,6 +123,11 @@ class LossSection(Section):
     label_smoothing: float = Field(default=0.1, ge=0, lt=1)
     """Label smoothing of the sibling's cross-entropy."""
 
+    @property
+    def uses_transcripts(self) -> bool:
+        """Whether a source term has a weight."""
+        return self.source != 0 or self.inner_source != 0
+
     def compute(self, model: Any, tensors: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         """Summed loss of a batch as `SpeechTask` collates it, and its terms; what kind of loss, the model decides."""
         names = ("features", "lengths", "source", "source_lengths", "target", "target_lengths")

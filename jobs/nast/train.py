@@ -75,6 +75,9 @@ class Config(TrainingConfig):
             raise ValueError("`augment.speeds` needs waveforms; set `data.cache_features: false`")
         if self.lora is not None:
             raise ValueError("`lora` is for language models; leave it out")
+        if self.model.architecture == "autoregressive" and self.deepspeed.zero_stage == 3:
+            # Each worker's search takes its own number of steps, and in stage 3 every step is collective.
+            raise ValueError("`model.architecture: autoregressive` needs `deepspeed.zero_stage` 0, 1 or 2")
         return self
 
 
@@ -173,6 +176,11 @@ def _prepare(cfg: Config, run: RunFolder) -> None:
     summary = prepare_examples(
         cfg.data, cfg.vocabulary, cfg.frontend.build(), run.data, strides=strides, seed=cfg.train.seed
     )
+    if (count := summary["train"]["without_transcript"]) and cfg.loss.uses_transcripts:
+        raise ValueError(
+            f"{count} of {summary['train']['utterances']} training utterances have no transcript. Give transcripts, or "
+            "set `loss.source: 0` and `loss.inner_source: 0`."
+        )
     hashes = {part: summary[part]["sha256"] for part in ("train", "eval")}
     run.update_manifest(data_hashes=hashes, data=summary)
 

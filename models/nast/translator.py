@@ -25,8 +25,8 @@ from eagleray.models.nast.model import NastModel, SpeechModel
 from eagleray.models.nast.vocabulary import Vocabulary, load_vocabularies
 
 _CLASSES: dict[str, type[SpeechModel]] = {"nast": NastModel, "nast-autoregressive": AutoregressiveModel}
-_FRAMES_PER_TOKEN = 4
-"""No language has a piece every 40 ms; bounds what an untrained sibling may write."""
+_MAX_TOKENS = 200
+"""Longest text of the sibling. One number for all: a bound by the longest of a batch would make texts depend on it."""
 
 
 class Decoded(NamedTuple):
@@ -65,8 +65,7 @@ def decode(model: SpeechModel, features_BTF: Tensor, lengths_B: Tensor, *, beam:
         beam: Beam width; 1 is greedy.
     """
     if isinstance(model, AutoregressiveModel):
-        longest = 2 + int(lengths_B.max()) // _FRAMES_PER_TOKEN
-        found = beam_search(model, features_BTF, lengths_B, width=beam, max_length=longest)
+        found = beam_search(model, features_BTF, lengths_B, width=beam, max_length=_MAX_TOKENS)
         return [Decoded(best[0].tokens, [], best[0].log_prob) for best in found]
     output = model(features_BTF, lengths_B)
     blank = model.config.blank_token_id

@@ -26,6 +26,7 @@ from eagleray.models.nast.manifest import Utterance
 from eagleray.models.nast.vocabulary import load_vocabularies
 from eagleray.platform.config import ConfigError, load_config
 from eagleray.platform.data.examples import Examples
+from eagleray.platform.runs import RunFolder
 
 CONFIGS = Path(__file__).parents[3] / "configs" / "nast"
 WORDS = VocabularySection(size=40, kind="word")
@@ -206,6 +207,10 @@ def test_latency_leaves_the_warm_up_out() -> None:
         (["model.decoder_layers=2"], "is for `model.architecture: autoregressive`"),
         (["model.heads=5"], "`model`: .*`width` is 64; it must be a multiple of"),
         (["lora={}", "train.average_best=1"], "`lora` is for language models"),
+        (
+            ["model.architecture=autoregressive", "deepspeed.zero_stage=3"],
+            "`model.architecture: autoregressive` needs `deepspeed.zero_stage` 0, 1 or 2",
+        ),
         (["train.keep_model=last"], "`train.average_best` needs"),
         (["vocabulary.kind=char"], "`vocabulary.kind`"),
     ],
@@ -213,6 +218,22 @@ def test_latency_leaves_the_warm_up_out() -> None:
 def test_contradictions_are_refused_before_anything_runs(overrides: list[str], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         load_config(train.Config, CONFIGS / "train_tiny.yaml", overrides)
+
+
+def test_missing_transcripts_are_an_error_or_unused(tmp_path: Path) -> None:
+    write_wav(tmp_path / "a.wav", np.random.default_rng(0).normal(0, 0.1, 8000))
+    (tmp_path / "train.tsv").write_text("audio\ttgt_text\na.wav\teins zwei\n")
+    data = ["data.synthetic=null", f"data.root={tmp_path}", f"run.dir={tmp_path / 'run'}"]
+    data += ["data.train=[{path: train.tsv}]", "data.eval=[{path: train.tsv}]"]
+    cfg = load_config(train.Config, CONFIGS / "train_tiny.yaml", data)
+    with RunFolder.create(train.JOB, cfg).recording() as run:
+        with pytest.raises(
+            ValueError, match=r"1 of 1 training utterances have no transcript\. .*`loss\.source: 0`"
+        ):
+            train._prepare(cfg, run)
+        loss = cfg.loss.model_copy(update={"source": 0.0, "inner_source": 0.0})
+        train._prepare(cfg.model_copy(update={"loss": loss}), run)
+    assert SpeechTask(cfg, run.data).eval_batch([0]).tensors["source_lengths"].tolist() == [0]
 
 
 def test_the_sibling_takes_the_defaults_of_its_recipe() -> None:
