@@ -132,6 +132,7 @@ class LossSection(Section):
         """Summed loss of a batch as `SpeechTask` collates it, and its terms; what kind of loss, the model decides."""
         names = ("features", "lengths", "source", "source_lengths", "target", "target_lengths")
         batch = [tensors[name] for name in names]
+        batch[0] = batch[0].to(model.dtype)  # features are made in fp32; the weights may be bf16
         if isinstance(model.config, AutoregressiveConfig):
             weights, mixing = self._weights(SIBLING_WEIGHTS), self._mixing(0.5)
             smoothing = self.label_smoothing

@@ -64,6 +64,7 @@ def decode(model: SpeechModel, features_BTF: Tensor, lengths_B: Tensor, *, beam:
         lengths_B: Frames of each utterance.
         beam: Beam width; 1 is greedy.
     """
+    features_BTF = features_BTF.to(model.dtype)
     if isinstance(model, AutoregressiveModel):
         found = beam_search(model, features_BTF, lengths_B, width=beam, max_length=_MAX_TOKENS)
         return [Decoded(best[0].tokens, [], best[0].log_prob) for best in found]

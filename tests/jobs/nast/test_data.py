@@ -127,6 +127,20 @@ def test_a_batch_is_padded_and_weighed(tmp_path: Path) -> None:
         assert (ids[count:] == 1).all()
 
 
+@pytest.mark.parametrize("architecture", ["nast", "autoregressive"])
+def test_loss_and_decoding_run_in_bf16(tmp_path: Path, architecture: str) -> None:
+    """As DeepSpeed runs them: weights in bf16, features as they come."""
+    task = _task(tmp_path, f"model.architecture={architecture}")
+    torch.manual_seed(0)
+    model, batch = task.build_model(), task.collate([task.train[i] for i in range(4)])
+    whole, terms = task.loss(model.train(), batch.tensors)
+    torch.manual_seed(0)
+    half, _ = task.loss(task.build_model().bfloat16().train(), batch.tensors)
+    half.backward()
+    assert half.item() == pytest.approx(whole.item(), rel=0.05) and all(t.isfinite() for t in terms.values())
+    assert len(task.evaluate_batch(model.bfloat16().eval(), batch.tensors)) == 4
+
+
 def test_augmentation_follows_from_seed_step_and_utterance(tmp_path: Path) -> None:
     """An utterance sounds the same in any batch of a step, and different at another step."""
     task = _task(tmp_path)
