@@ -94,8 +94,8 @@ def align(
     relative_USB = relative_USB.clamp_(min=FLOOR).sub_(blank_SB)
     grid = _forward(relative_USB, targets_BU)
 
-    # Memory views read single numbers faster than arrays do.
-    host = _Grid(*(memoryview(tensor.cpu().numpy()) for tensor in grid))
+    # Memory views give single numbers faster than arrays do.
+    host = _Grid(*(tensor.cpu().numpy().data for tensor in grid))
     repeats = _equal_neighbours(targets_BU).tolist()
     states = np.zeros((len(targets_BU), size), dtype=np.int64)
     scores = np.zeros(len(states))

@@ -25,8 +25,8 @@ class KeyValue(NamedTuple):
     value: Tensor
 
 
-class SelfAttention(nn.Module):
-    """Multi-head self-attention without positions, with an optional cache of earlier positions."""
+class _OneInputAttention(nn.Module):
+    """Projections of one input to queries, keys and values, and of the result."""
 
     def __init__(self, *, width: int, heads: int, dropout: float) -> None:
         super().__init__()
@@ -46,6 +46,10 @@ class SelfAttention(nn.Module):
             query, *memory, attn_mask=mask, dropout_p=rate, is_causal=causal
         )
         return self.output(merge_heads(mixed))
+
+
+class SelfAttention(_OneInputAttention):
+    """Multi-head self-attention without positions; a decoder keeps what `project` gives for later steps."""
 
     def forward(self, x_BSD: Tensor, mask: Tensor | None, *, causal: bool = False) -> Tensor:
         query, memory = self.project(x_BSD)
@@ -78,7 +82,7 @@ class CrossAttention(nn.Module):
         return self.attend(x_BSD, self.memory(m_BKD), mask)
 
 
-class RelativeSelfAttention(SelfAttention):
+class RelativeSelfAttention(_OneInputAttention):
     """Self-attention in the form of Transformer-XL (spec 4.3).
 
     score_ij = [(q_i + u)·k_j + (q_i + v)·(W_p r_{i−j})] / √d, with r sinusoidal.

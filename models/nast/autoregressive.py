@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -152,8 +153,9 @@ class _Search:
     ) -> None:
         encoded, config = output.hidden_BSD, model.config
         self.decoder, self.config, self.width = model.decoder, config, width
+        self.layers = cast(list[DecoderLayer], list(model.decoder.layers))
         self.batch, size = encoded.shape[:2]
-        self.memories = [layer.cross_attention.memory(encoded) for layer in self.decoder.layers]
+        self.memories = [layer.cross_attention.memory(encoded) for layer in self.layers]
         self.mask = keep_mask(output.lengths, size)[:, None, None]
         self.room = min(32, max_length + 1)
         shape = (self.batch * width, config.heads, self.room, config.width // config.heads)
@@ -170,7 +172,7 @@ class _Search:
         x = self.decoder.embed(self.last_N1, position)
         if position == self.room:
             self._grow()
-        for layer, cache, memory in zip(self.decoder.layers, self.caches, self.memories, strict=True):
+        for layer, cache, memory in zip(self.layers, self.caches, self.memories, strict=True):
             x = layer.step(x, cache, position, memory, self.mask)
         logits_NV = self.decoder.output(self.decoder.norm(x[:, 0])).float()
         total_N1 = logits_NV.logsumexp(-1, keepdim=True)

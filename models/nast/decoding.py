@@ -143,12 +143,10 @@ class _Beams:
         self.bonus_BW = torch.zeros_like(self.blank_BW)
         self.total_BW = self.blank_BW.clone()
         self.last_BW = torch.zeros(batch, width, dtype=torch.long, device=device)
-        # Unused beams get hashes of their own, so that they are nobody's parent.
-        self.hash_BW = torch.arange(width, device=device).mul(-7919).expand(batch, width)
+        self.hash_BW = torch.zeros(batch, width, dtype=torch.long, device=device)
         self.parent_hash_BW = torch.full_like(self.hash_BW, -1)
         self.parents: list[Tensor] = []
         self.emitted: list[Tensor] = []
-        self.stay_BW = torch.arange(width, device=device).expand(batch, width)
 
     def step(self, frame: int, token_bonus: float, fusion: _Fusion | None) -> None:
         lattice, width = self.lattice, self.width
@@ -195,7 +193,10 @@ class _Beams:
         parent_BW = torch.where(stays_BW, choice_BW, extension_BW // self.candidates)
         token_BW = token_BK.gather(1, extension_BW % self.candidates)
         old_hash_BW = self.hash_BW.gather(1, parent_BW)
-        self.parent_hash_BW = torch.where(stays_BW, self.parent_hash_BW.gather(1, parent_BW), old_hash_BW)
+        # What is chosen for want of better and impossible may equal a real beam; it is nobody's child.
+        self.parent_hash_BW = torch.where(
+            stays_BW, self.parent_hash_BW.gather(1, parent_BW), old_hash_BW
+        ).masked_fill_(new_BW == -math.inf, -1)
         self.hash_BW = torch.where(stays_BW, old_hash_BW, old_hash_BW * _MULTIPLIER + token_BW + 1)
         self.last_BW = torch.where(stays_BW, self.last_BW.gather(1, parent_BW), token_BW)
         self.blank_BW = blank_BW.gather(1, parent_BW).masked_fill_(~stays_BW, -math.inf)

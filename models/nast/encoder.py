@@ -171,7 +171,8 @@ class StackedEncoder(nn.Module):
         self.target_head = CtcHead(vocab_size=config.vocab_size, dropout=config.dropout, **shared)
 
     def forward(self, features_BTF: Tensor, lengths_B: Tensor, *, oracle: Oracle | None = None) -> NastOutput:
-        h_BSD, lengths_B, inner_source = self.acoustic(features_BTF, lengths_B, self.source_head)
+        x_BTF = features_BTF.to(self.source_head.weight.dtype)
+        h_BSD, lengths_B, inner_source = self.acoustic(x_BTF, lengths_B, self.source_head)
         source_logits = self.source_head(h_BSD)
         x_BSD = self.adapter(h_BSD, source_logits)
         hidden_BSD, inner_target = self.textual(x_BSD, lengths_B, self.target_head, oracle)

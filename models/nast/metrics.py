@@ -74,8 +74,9 @@ def bleu_estimate(
 
     def score(sums_K: np.ndarray) -> float:
         counts, totals, lengths = np.split(sums_K, [MAX_NGRAM_ORDER, 2 * MAX_NGRAM_ORDER])
-        sizes = {"sys_len": int(lengths[0]), "ref_len": int(lengths[1])}
-        return BLEU.compute_bleu(counts.tolist(), totals.tolist(), **sizes, smooth_method="exp").score
+        return BLEU.compute_bleu(
+            counts.tolist(), totals.tolist(), int(lengths[0]), int(lengths[1]), smooth_method="exp"
+        ).score
 
     return _bootstrap(score, statistics_NK, samples=samples, seed=seed)
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers import initialization as init
 
-from eagleray.models.nast.attention import XAVIER_GAIN, CrossAttention, RelativeSelfAttention, SelfAttention
+from eagleray.models.nast.attention import XAVIER_GAIN, CrossAttention, SelfAttention
 from eagleray.models.nast.config import NastConfig
 from eagleray.models.nast.curriculum import Oracle
 from eagleray.models.nast.encoder import NastOutput, StackedEncoder
@@ -33,9 +33,7 @@ class SpeechModel(PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: Any) -> None:
-        # Everything else keeps torch's own initialisation or that of its constructor.
-        if isinstance(module, RelativeSelfAttention):
-            return
+        # All else, acoustic attention too, keeps torch's own initialisation or that of its constructor.
         if isinstance(module, SelfAttention | CrossAttention):
             for name in ("query_key_value", "query", "key_value"):
                 linear = getattr(module, name, None)

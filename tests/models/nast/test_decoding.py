@@ -106,6 +106,18 @@ def test_narrow_beams_equal_the_textbook_algorithm_in_a_padded_batch(width: int,
             assert hypothesis.score == pytest.approx(expected[tuple(hypothesis.tokens)], abs=1e-9)
 
 
+def test_impossible_extensions_are_not_taken_for_real_beams() -> None:
+    """Tokens with probability 0 at some frames fill the beam with impossible prefixes; sums must still be exact."""
+    logits = random_logits(1, 6, 4, seed=5)
+    logits[0, [0, 1, 3], [2, 1, 3]] = -torch.inf
+    log_probs = logits[0].log_softmax(-1)
+    found = prefix_beam_search(logits, torch.tensor([6]), width=60)[0]
+    assert len({tuple(h.tokens) for h in found}) == len(found)
+    expected = slow_beam(log_probs.tolist(), width=60, candidates=4)
+    for hypothesis in found:
+        assert hypothesis.score == pytest.approx(expected[tuple(hypothesis.tokens)], abs=1e-9)
+
+
 def test_beam_beats_greedy_and_computes_in_float32_for_half_precision() -> None:
     logits, lengths = random_logits(4, 20, 10, seed=9), torch.full((4,), 20)
     for beam, path in zip(

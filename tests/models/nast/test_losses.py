@@ -147,6 +147,15 @@ def test_every_parameter_gets_a_gradient_in_training() -> None:
         assert [n for n, p in model.named_parameters() if p.grad is None or not p.grad.any()] == []
 
 
+def test_bfloat16_models_take_float32_features() -> None:
+    batch = batch_of(3)
+    full, _ = nast_loss(tiny_model().eval(), *batch)
+    half, _ = nast_loss(tiny_model().bfloat16().eval(), *batch)
+    assert half.dtype == torch.float32
+    torch.testing.assert_close(half, full, rtol=0.05, atol=0.0)
+    nast_loss(tiny_model().bfloat16().train(), *batch)[0].backward()
+
+
 def test_mixing_runs_a_first_pass_that_leaves_batch_norm_alone() -> None:
     model, batch = tiny_model().train(), batch_of(3)
     norm = next(m for m in model.modules() if isinstance(m, MaskedBatchNorm))
