@@ -1,4 +1,4 @@
-"""The best CTC path of a label sequence, for a whole batch, on CPU and GPU; and time stamps from it.
+"""The best CTC path of a label sequence, for a whole batch on any device; and the frames of each label.
 
 The usual Viterbi recursion steps through the frames. This one steps through the *labels* and does all frames at once:
 subtract the blank's log-probability from every frame (which changes no comparison of paths), and a label with
@@ -6,27 +6,30 @@ cumulative score R that may be entered at frame t from a best predecessor c[t �
 
     best[t] = R[t] + max over t' <= t of (c[t' − 1] − R[t' − 1]),
 
-a running maximum. For blanks R = 0, so c is a running maximum of the label before, too. That is four tensor operations
-a label and none a frame. A running maximum also says *when* a path entered a label, so the way back, on the host, jumps
-from label to label.
+a running maximum. For blanks R = 0, so c is a running maximum of the label before, too. That is four array operations
+a label and none a frame. A path entered a label where its running maximum was reached, which is where it begins to
+be constant.
+
+Only the scores of a clip's own labels are needed, a few per cent of the vocabulary or less. They are gathered on the
+device and the recursion runs on the host, in float64: its operations are so small that starting them on a GPU, or
+going through torch's dispatcher, takes longer than computing them.
 
 Ties prefer to stay, then one step, then the skip over a blank; at the end the last label over the last blank.
 
-Shapes: B clips, S frames, V tokens, U labels. Arrays of the recursion are [U, S, B], so that each slice is contiguous.
+Shapes: B clips, S frames, V tokens, U labels.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Generic, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from eagleray.models.nast.subsampler import keep_mask
-
-Array = TypeVar("Array")
 
 # Log-probabilities below this count as this; it keeps cumulative sums finite and exact enough.
 FLOOR = -1e4
@@ -86,87 +89,81 @@ def align(
         target_lengths_B: Labels of each clip, int, may be 0.
         blank_id: The blank.
     """
-    targets_BU = targets_BU.long()
-    size, labels = log_probs_BSV.shape[1], targets_BU.shape[1]
-    blank_SB = log_probs_BSV[:, :, blank_id].T.double().clamp(min=FLOOR)
-    index = targets_BU[:, None].expand(-1, size, -1)
-    relative_USB = log_probs_BSV.gather(2, index).permute(2, 1, 0).double()
-    relative_USB = relative_USB.clamp_(min=FLOOR).sub_(blank_SB)
-    grid = _forward(relative_USB, targets_BU)
+    device, size = log_probs_BSV.device, log_probs_BSV.shape[1]
+    index_BN = F.pad(targets_BU.long(), (1, 0), value=blank_id)
+    gathered = log_probs_BSV.gather(2, index_BN[:, None].expand(-1, size, -1)).permute(2, 0, 1)
+    scores_NBS = gathered.to("cpu", torch.float64).contiguous().numpy()
+    np.maximum(scores_NBS, FLOOR, out=scores_NBS)
+    index = index_BN.cpu().numpy()
+    equal_UB = np.zeros_like(index[:, 1:].T, dtype=bool)
+    equal_UB[1:] = index[:, 2:].T == index[:, 1:-1].T
+    blank_BS, grid = scores_NBS[0], _forward(scores_NBS[1:] - scores_NBS[0], equal_UB)
 
-    # Memory views give single numbers faster than arrays do.
-    host = _Grid(*(tensor.cpu().numpy().data for tensor in grid))
-    repeats = _equal_neighbours(targets_BU).tolist()
-    states = np.zeros((len(targets_BU), size), dtype=np.int64)
-    scores = np.zeros(len(states))
+    # Flat memory views give single numbers several times faster than arrays do.
+    views = _Grid(*(array.reshape(-1).data for array in grid))
+    states = np.zeros(blank_BS.shape, dtype=np.int64)
+    totals = np.empty(len(states))
+    equal = equal_UB.T.tolist()
     for clip, (length, count) in enumerate(zip(lengths_B.tolist(), target_lengths_B.tolist(), strict=True)):
+        totals[clip] = blank_BS[clip, :length].sum()
         if count:
-            path, scores[clip] = _backtrack(host, clip, length, count, repeats[clip])
+            path, relative = _backtrack(views, blank_BS.shape, clip, length, count, equal[clip])
             states[clip, : len(path)] = path
-    states_BS = torch.from_numpy(states).to(log_probs_BSV.device)
-    score_B = torch.from_numpy(scores).to(log_probs_BSV.device)
-    score_B += (blank_SB.T * keep_mask(lengths_B, size)).sum(1)
-    labels_BS = torch.full_like(states_BS, blank_id)
-    if labels:
-        chosen = targets_BU.gather(1, (states_BS // 2).clamp_(max=labels - 1))
-        labels_BS = torch.where(states_BS % 2 == 1, chosen, labels_BS)
+            totals[clip] += relative
+    # Column 0 of the index is the blank, which even states stand for.
+    labels = index[np.arange(len(states))[:, None], (states + 1 >> 1) * (states & 1)]
+    labels_BS, states_BS, score_B = (torch.from_numpy(found).to(device) for found in (labels, states, totals))
     return Alignment(labels_BS, states_BS, score_B, score_B > -torch.inf)
 
 
-class _Grid(NamedTuple, Generic[Array]):
-    """Best scores relative to blanks, and where running maxima were reached (at the last frame of several that tie)."""
+class _Grid(NamedTuple):
+    """Best scores relative to blanks, [U, B, ...]; arrays, or memory views of them."""
 
-    label: Array
-    """Of paths that end in label u at frame t: [U, S, B]."""
-    entry: Array
-    """Maximum over the entries to label u up to t: [U, S, B]."""
-    entry_at: Array
-    """Where it was reached: [U, S, B]."""
-    best: Array
-    """Maximum of `label` up to t, at index t + 2, so that earlier frames are shifts: [U, S + 2, B]."""
-    best_at: Array
-    """Where it was reached: [U, S, B]."""
+    label: Any
+    """Of paths that end in label u at frame t: [U, B, S]."""
+    entry: Any
+    """Maximum over the entries to label u up to t: [U, B, S]."""
+    best: Any
+    """Maximum of `label` up to t, at index t + 2, so that earlier frames are shifts: [U, B, S + 2]."""
 
 
-def _forward(relative_USB: Tensor, targets_BU: Tensor) -> _Grid[Tensor]:
-    labels, size, batch = relative_USB.shape
-    total = relative_USB.new_zeros(labels, size + 1, batch)
-    torch.cumsum(relative_USB, dim=1, out=total[:, 1:])
-    best = relative_USB.new_full((labels, size + 2, batch), -torch.inf)
-    label, entry = torch.empty_like(relative_USB), torch.empty_like(relative_USB)
-    entry_at, best_at = (torch.empty(relative_USB.shape, dtype=torch.long, device=label.device) for _ in "ab")
-    equal_UB = _equal_neighbours(targets_BU).T
+def _forward(relative_UBS: np.ndarray, equal_UB: np.ndarray) -> _Grid:
+    labels, batch, size = relative_UBS.shape
+    total = np.zeros((labels, batch, size + 1))
+    np.cumsum(relative_UBS, axis=2, out=total[:, :, 1:])
+    label, entry = np.empty_like(relative_UBS), np.empty_like(relative_UBS)
+    best = np.full((labels, batch, size + 2), -np.inf)
     some_equal = equal_UB.any(1).tolist()
-    # All views at once: making them one by one would take as long as the computation.
-    before, after = total[:, :-1].unbind(), total[:, 1:].unbind()
-    upto_t, upto_1, upto_2 = best[:, 2:].unbind(), best[:, 1:-1].unbind(), best[:, :-2].unbind()
-    entries, entries_at, in_label, best_ats = (x.unbind() for x in (entry, entry_at, label, best_at))
-    for u in range(labels):
-        if u == 0:
-            source = before[0].neg()
-        else:
+    previous, delayed = np.zeros((batch, size)), None  # the blank before the first label
+    # Views of all labels at once: sliced one by one they would take a third of the time.
+    shifts = (best[:, :, 2:], best[:, :, 1:-1], best[:, :, :-2])
+    rows = zip(total[:, :, :-1], total[:, :, 1:], entry, label, *shifts, strict=True)
+    for u, (before_BS, after_BS, entry_BS, label_BS, upto_0, upto_1, upto_2) in enumerate(rows):
+        if some_equal[u]:
             # From the label before, or from the blank between; only from the blank if the two labels are equal.
-            source = (
-                torch.where(equal_UB[u], upto_2[u - 1], upto_1[u - 1]) if some_equal[u] else upto_1[u - 1]
-            )
-            source = source - before[u]
-        torch.cummax(source, dim=0, out=(entries[u], entries_at[u]))
-        torch.add(entries[u], after[u], out=in_label[u])
-        torch.cummax(in_label[u], dim=0, out=(upto_t[u], best_ats[u]))
-    return _Grid(label, entry, entry_at, best, best_at)
+            previous = np.where(equal_UB[u, :, None], delayed, previous)
+        np.maximum.accumulate(previous - before_BS, axis=1, out=entry_BS)
+        np.add(entry_BS, after_BS, out=label_BS)
+        np.maximum.accumulate(label_BS, axis=1, out=upto_0)
+        previous, delayed = upto_1, upto_2
+    return _Grid(label, entry, best)
 
 
 def _backtrack(
-    grid: _Grid[memoryview], clip: int, length: int, count: int, repeats: list[bool]
+    grid: _Grid, shape: tuple[int, ...], clip: int, length: int, count: int, equal: list[bool]
 ) -> tuple[np.ndarray, float]:
     """States of one clip with at least one label, and its score relative to blanks; no states if it has no path."""
-    label, entry, entry_at, best, best_at = grid
+    label, entry, best = grid
+    batch, size = shape
     u, last = count, length - 1  # in label u or in the blank before it, whose last frame is this one
-    score = best[u - 1, last + 1, clip]
-    in_label = label[u - 1, last, clip] >= score
+    # Offsets of the rows of label u − 1.
+    row, best_row = ((count - 1) * batch + clip) * size, ((count - 1) * batch + clip) * (size + 2)
+    step, best_step = batch * size, batch * (size + 2)
+    score = best[best_row + last + 1]
+    in_label = label[row + last] >= score
     if in_label:
-        u -= 1
-        score = label[u, last, clip]
+        score = label[row + last]
+        u, row, best_row = u - 1, row - step, best_row - best_step
     if score == -np.inf:
         return np.empty(0), score
     states: list[int] = []
@@ -174,31 +171,26 @@ def _backtrack(
     while True:
         states.append(2 * u + in_label)
         if in_label:
-            first, value = entry_at[u, last, clip], entry[u, last, clip]
-            while first and entry[u, first - 1, clip] == value:  # staying wins ties: the earliest entry
-                first -= 1
-            durations.append(last + 1 - first)
-            last = first - 1
-            skips = u and not repeats[u] and label[u - 1, last, clip] > best[u - 1, last + 1, clip]
-            if skips:
-                u -= 1
+            start = row + step
+            at = start + last
+            value = entry[at]
+            while at > start and entry[at - 1] == value:  # staying wins ties: the earliest entry
+                at -= 1
+            durations.append(last + 1 - (at - start))
+            last = at - start - 1
+            if u and not equal[u] and label[row + last] > best[best_row + last + 1]:
+                u, row, best_row = u - 1, row - step, best_row - best_step
             else:
                 in_label = False
         elif u == 0:
             durations.append(last + 1)
             break
         else:
-            u -= 1
-            before, value = best_at[u, last - 1, clip], best[u, last + 1, clip]
-            while before and best[u, before + 1, clip] == value:
-                before -= 1
-            durations.append(last - before)
-            last, in_label = before, True
+            at = best_row + last + 1
+            value = best[at]
+            while best[at - 1] == value:  # two impossible entries stand before the first frame
+                at -= 1
+            durations.append(last + 2 - (at - best_row))
+            last = at - best_row - 2
+            u, row, best_row, in_label = u - 1, row - step, best_row - best_step, True
     return np.repeat(states[::-1], durations[::-1]), score
-
-
-def _equal_neighbours(targets_BU: Tensor) -> Tensor:
-    """Whether each label [B, U] equals the one before it."""
-    equal = torch.zeros_like(targets_BU, dtype=torch.bool)
-    equal[:, 1:] = targets_BU[:, 1:] == targets_BU[:, :-1]
-    return equal
