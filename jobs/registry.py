@@ -23,6 +23,11 @@ JOBS = {
     "lisa.convert": "eagleray.jobs.lisa.convert",
     "lisa.train": "eagleray.jobs.lisa.train",
     "lisa.evaluate": "eagleray.jobs.lisa.evaluate",
+    "nast.prepare": "eagleray.jobs.nast.prepare",
+    "nast.train": "eagleray.jobs.nast.train",
+    "nast.translate": "eagleray.jobs.nast.translate",
+    "nast.evaluate": "eagleray.jobs.nast.evaluate",
+    "nast.distill": "eagleray.jobs.nast.distill",
     "sweep": "eagleray.jobs.sweep",
 }
 """Job name -> module."""

@@ -33,10 +33,15 @@ from eagleray.platform.serving import (
     serve_yaml,
 )
 
-APPLICATIONS = {"gram": "eagleray.serve.gram"}
+APPLICATIONS = {"gram": "eagleray.serve.gram", "nast": "eagleray.serve.nast"}
 """Kind of model -> module with the application's `build_app` and its argument, the config class `Args`."""
 
-_EXAMPLE = '{"prompt": "Name a river in Peru.", "a": "The Ucayali.", "b": "Probably the Nile."}'
+_PAIR = '{"prompt": "Name a river in Peru.", "a": "The Ucayali.", "b": "Probably the Nile."}'
+_EXAMPLES = {
+    "gram": f"/compare -H 'content-type: application/json' -d {shlex.quote(_PAIR)}",
+    "nast": "/translate --data-binary @recording.wav",
+}
+"""Kind of model -> the rest of a `curl` command that tries it."""
 
 
 def serve_models(
@@ -68,7 +73,7 @@ def serve_models(
         with running(
             _builder(kind), args, name=kind, host=host, port=port, address=address, access_log=True
         ) as url:
-            request = f"curl -s {url}/compare -H 'content-type: application/json' -d {shlex.quote(_EXAMPLE)}"
+            request = f"curl -s {url}{_EXAMPLES[kind]}"
             console.print(f"Serving {args.model} at {url} (documentation: {url}/docs). Try:\n\n  {request}\n")
             console.print("Ctrl-C stops it after the requests in progress.")
             while True:
@@ -97,20 +102,23 @@ def render(settings: Sequence[str]) -> str:
 
 
 @contextmanager
-def serving(model: str | Path, *, port: int = 0, address: str | None = None, **limits: Any) -> Iterator[str]:
-    """A GRAM model behind HTTP on this machine, for the length of the block; see `platform.serving.running`.
+def serving(
+    model: str | Path, *, kind: str = "gram", port: int = 0, address: str | None = None, **limits: Any
+) -> Iterator[str]:
+    """A model behind HTTP on this machine, for the length of the block; see `platform.serving.running`.
 
     Args:
         model: Model folder.
+        kind: Kind of model, a key of `APPLICATIONS`.
         port: Port on the loopback address; 0 takes a free one.
         address: Address of a running Ray cluster. Default: the connected one, or a private local one.
-        limits: Further fields of `eagleray.serve.gram.Args`.
+        limits: Further fields of the application's `Args`.
 
     Yields:
         The base URL; requests are answered.
     """
-    args = validate_config(_args_class("gram"), {"model": str(model), **limits}, "serving")
-    with running(_builder("gram"), args, name="gram", port=port, address=address) as url:
+    args = validate_config(_args_class(kind), {"model": str(model), **limits}, "serving")
+    with running(_builder(kind), args, name=kind, port=port, address=address) as url:
         yield url
 
 

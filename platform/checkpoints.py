@@ -55,6 +55,8 @@ class LoopState:
     """Best value of the selection metric so far."""
     best_step: int | None = None
     """Step of `best`."""
+    best_models: dict[str, float] = field(default_factory=dict)
+    """Steps whose models are kept for averaging, with their values, the best first."""
     stale: int = 0
     """Evaluations since `best`."""
     window: dict[str, float] = field(default_factory=dict)

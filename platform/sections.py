@@ -100,8 +100,8 @@ class OptimSection(Config):
     """Added to the denominator."""
     weight_decay: float = Field(default=0.0, ge=0)
     """Decoupled weight decay, on matrices only (not on biases and norms)."""
-    schedule: Literal["cosine", "linear", "constant"] = "cosine"
-    """Shape after warm-up: to zero by a half cosine or a line, or flat."""
+    schedule: Literal["cosine", "linear", "constant", "inverse_sqrt"] = "cosine"
+    """Shape after warm-up: to zero by a half cosine or a line, flat, or with the inverse square root of the step."""
     warmup_ratio: float = Field(default=0.1, ge=0, lt=1)
     """Share of the steps in which the rate rises from zero."""
     clip_norm: float = Field(default=1.0, ge=0)
@@ -115,6 +115,9 @@ class TrainSection(Config):
     """Examples of one optimiser step, over all workers (the global batch)."""
     micro_batch_size: int = Field(default=8, ge=1)
     """Examples of one forward pass of one worker; accumulation follows from it."""
+    micro_batch_length: int | None = Field(default=None, ge=1)
+    """Largest padded length (tokens, frames) of one forward pass: examples times the longest of them.
+    `micro_batch_size` is then only the most examples of a pass."""
     epochs: float = Field(default=1.0, gt=0)
     """Passes over the data; the sampler runs on across the border, so that every batch is full."""
     max_steps: int | None = Field(default=None, ge=1)
@@ -135,6 +138,8 @@ class TrainSection(Config):
     """How many of the latest checkpoints stay, for resuming."""
     keep_model: Literal["best", "last"] = "best"
     """Which model ends in `model/`: the best by `metric` (the last if there is no evaluation), or the last."""
+    average_best: int = Field(default=1, ge=1)
+    """With 2 or more, `model/` is the mean of this many best models, which stay in `best/`."""
     metric: str | None = None
     """Evaluation metric that decides which model is kept; default: the task's own."""
     patience: int | None = Field(default=None, ge=1)
@@ -201,12 +206,24 @@ class TrainingConfig(JobConfig):
     tracking: TrackingSection = TrackingSection()
 
     @model_validator(mode="after")
+    def _average_is_of_the_best(self) -> Any:
+        if self.train.average_best > 1 and (self.train.keep_model == "last" or self.lora is not None):
+            raise ValueError(
+                "`train.average_best` needs `train.keep_model: best` and whole models, without `lora`"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _batch_divides(self) -> Any:
+        train = self.train
+        # Passes that are cut by length hold what fits; then only the shares of the workers must be equal.
+        by_count = train.micro_batch_length is None
         for workers in range(self.ray.min_workers, self.ray.max_workers + 1):
-            per_pass = workers * self.train.micro_batch_size
-            if self.train.batch_size % per_pass:
+            per_pass = workers * (train.micro_batch_size if by_count else 1)
+            if train.batch_size % per_pass:
+                size = f" x `train.micro_batch_size` = {workers} x {train.micro_batch_size} = {per_pass}"
                 raise ValueError(
-                    f"`train.batch_size` is {self.train.batch_size}; it must be a multiple of `ray.num_workers` x "
-                    f"`train.micro_batch_size` = {workers} x {self.train.micro_batch_size} = {per_pass}"
+                    f"`train.batch_size` is {train.batch_size}; it must be a multiple of `ray.num_workers`"
+                    + (size if by_count else f", {workers}")
                 )
         return self

@@ -68,8 +68,12 @@ class Task(ABC):
         """Length of each evaluation example, shape (examples,)."""
         return self.eval.column("length")
 
-    def train_batch(self, indices: Sequence[int]) -> Batch:
-        """Training examples, collated; a pure function of the indices."""
+    def train_batch(self, indices: Sequence[int], *, step: int) -> Batch:
+        """Training examples, collated; a pure function of the indices and the step.
+
+        A task that augments its examples draws from generators of its own, seeded by the seed, the step and the
+        example: batches are collated in a thread while another step computes.
+        """
         return self.collate([self.train[i] for i in indices])
 
     def eval_batch(self, indices: Sequence[int]) -> Batch:

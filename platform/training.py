@@ -17,6 +17,7 @@ from __future__ import annotations
 import logging
 import math
 import random
+import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -28,9 +29,10 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from eagleray.platform.averaging import average_models
 from eagleray.platform.checkpoints import Checkpointer, CheckpointError, LoopState
 from eagleray.platform.config import config_hash
-from eagleray.platform.data.sampler import BatchSampler
+from eagleray.platform.data.sampler import BatchSampler, cut_by_length
 from eagleray.platform.engine import build_engine, own_rates, sharded_loading
 from eagleray.platform.pretrained import export_model
 from eagleray.platform.runs import FREE_ON_RESUME
@@ -111,7 +113,7 @@ class _Loop:
     ) -> None:
         self.task, self.cfg, self.report, self.evicted = task, cfg, report, evicted
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
-        self.run_dir, self.model_dir = run_dir, run_dir / "model"
+        self.run_dir, self.model_dir, self.best_models = run_dir, run_dir / "model", run_dir / "best"
         self.metric = cfg.train.metric or task.metric
         self.mode = task.mode
         self.sampler = BatchSampler(
@@ -120,6 +122,7 @@ class _Loop:
             micro_batch_size=cfg.train.micro_batch_size,
             seed=cfg.train.seed,
             bucket_batches=cfg.train.bucket_batches,
+            micro_batch_length=cfg.train.micro_batch_length,
         )
         self.steps = total_steps(cfg.train, len(task.train_lengths))
         self.last_step = min(self.steps, cfg.train.stop_at or self.steps)
@@ -174,7 +177,9 @@ class _Loop:
                         break
             self.checkpointer.finish()
             if self.state.best is None or self.cfg.train.keep_model == "last":
-                self._export()
+                self._export(self.model_dir)
+            elif self.cfg.train.average_best > 1:
+                self._average_best()
             return self._summary()
         finally:
             self.checkpointer.close()
@@ -189,7 +194,7 @@ class _Loop:
 
         def collate(step: int) -> list[Batch]:
             shares = self.sampler.micro_batches(step, rank=self.rank, world_size=self.world_size)
-            return [self.task.train_batch(indices) for indices in shares]
+            return [self.task.train_batch(indices, step=step) for indices in shares]
 
         upcoming = pool.submit(collate, self.state.step) if self.state.step < self.last_step else None
         while upcoming is not None:
@@ -266,7 +271,13 @@ class _Loop:
     def _evaluate_and_keep(self) -> bool:
         """Evaluate, keep the model if it is the best, checkpoint; true if training should stop."""
         if len(self.task.eval_lengths):
-            metrics = evaluate(self.task, self.engine, batch_size=self.cfg.train.micro_batch_size)
+            train = self.cfg.train
+            metrics = evaluate(
+                self.task,
+                self.engine,
+                batch_size=train.micro_batch_size,
+                batch_length=train.micro_batch_length,
+            )
             self.state.last_eval = metrics
             if self.sink:
                 self.sink.log(self.state.step, metrics, kind="eval")
@@ -281,15 +292,35 @@ class _Loop:
         if self.metric not in metrics:
             raise ValueError(f"`train.metric` is {self.metric!r}; this job evaluates: {', '.join(metrics)}.")
         value, best = metrics[self.metric], self.state.best
+        if self.cfg.train.average_best > 1:
+            self._keep_for_average(value)
         if best is None or (value < best if self.mode == "min" else value > best):
             self.state.best, self.state.best_step, self.state.stale = value, self.state.step, 0
             if self.cfg.train.keep_model == "best":
-                self._export()
+                self._export(self.model_dir)
         else:
             self.state.stale += 1
 
-    def _export(self) -> None:
-        export_model(self.engine.module.model, self.model_dir, save_extras=self.task.save_extras)
+    def _keep_for_average(self, value: float) -> None:
+        """Export the model if it is among the best, and remove the one that is no longer."""
+        sign = 1 if self.mode == "min" else -1
+        step = f"step-{self.state.step:08d}"
+        values = {**self.state.best_models, step: value}
+        kept = sorted(values, key=lambda name: sign * values[name])[: self.cfg.train.average_best]
+        if step in kept:
+            self._export(self.best_models / step)
+        if self.rank == 0:
+            for name in values.keys() - set(kept):
+                shutil.rmtree(self.best_models / name, ignore_errors=True)
+        self.state.best_models = {name: values[name] for name in kept}
+
+    def _average_best(self) -> None:
+        if self.rank == 0:
+            average_models([self.best_models / name for name in self.state.best_models], self.model_dir)
+        dist.barrier()
+
+    def _export(self, path: Path) -> None:
+        export_model(self.engine.module.model, path, save_extras=self.task.save_extras)
 
     def _summary(self) -> dict[str, float]:
         state = self.state
@@ -316,17 +347,21 @@ class _Loop:
 
 
 @torch.no_grad()
-def evaluate(task: Task, engine: Any, *, batch_size: int) -> dict[str, float]:
+def evaluate(
+    task: Task, engine: Any, *, batch_size: int, batch_length: int | None = None
+) -> dict[str, float]:
     """Metrics of the whole evaluation set, the same on every worker and for any number of workers."""
     engine.eval()
     rank, world_size = dist.get_rank(), dist.get_world_size()
-    order = sorted(range(len(task.eval_lengths)), key=lambda i: task.eval_lengths[i])
-    chunks = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
+    lengths = task.eval_lengths
+    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+    pieces = cut_by_length([lengths[i] for i in order], batch_size, batch_length)
+    chunks = [order[piece] for piece in pieces]
     mine: list[tuple[int, Any]] = []
     for first in range(0, len(chunks), world_size):
         own = first + rank
-        # Under ZeRO-3 every forward is collective: a worker without a chunk of its own repeats the first one.
-        chunk = chunks[own] if own < len(chunks) else chunks[0]
+        # Under ZeRO-3 every forward is collective: a worker without a chunk of its own repeats the shortest.
+        chunk = chunks[own] if own < len(chunks) else chunks[-1]
         batch = task.eval_batch(chunk).to(engine.device)
         records = engine(task.evaluate_batch, batch.tensors)
         if own < len(chunks):

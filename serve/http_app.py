@@ -181,7 +181,7 @@ async def _on_http_error(request: Request, error: Exception) -> JSONResponse:
 async def _on_queue_full(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, QueueFull)
     message = (
-        f"The queue is full: this request needs {error.needed} comparison(s), {error.pending} of {error.limit} are "
+        f"The queue is full: this request needs {error.needed} item(s), {error.pending} of {error.limit} are "
         f"pending. Retry after {error.retry_after_s} s."
     )
     return error_response(429, "queue_full", message, headers={"Retry-After": str(error.retry_after_s)})

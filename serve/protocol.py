@@ -148,6 +148,40 @@ class RewardResponse(_FromModel):
     """Whether both orders prefer the same answer."""
 
 
+class Piece(_Strict):
+    """A stretch of the recording that was translated by itself."""
+
+    start: float
+    """Its start in seconds."""
+    end: float
+    """Its end in seconds."""
+    text: str
+    """Its translation."""
+    transcript: str
+    """What was heard, in the source language."""
+
+
+class TranslateResponse(_FromModel):
+    """The translation of a recording."""
+
+    text: str
+    """The translation; empty if nothing was heard."""
+    transcript: str
+    """What was heard, in the source language; empty if the model writes none."""
+    seconds: float
+    """Length of the recording."""
+    pieces: list[Piece]
+    """The stretches that a long recording was cut into, at its silences; their texts, joined, are `text`."""
+
+
+class SpeechHealthResponse(_FromModel):
+    """The model is loaded and takes requests."""
+
+    status: Literal["ready"] = "ready"
+    pending_pieces: int = Field(ge=0)
+    """Pieces of recordings admitted by this replica and not finished."""
+
+
 class HealthResponse(_FromModel):
     """The model is loaded and takes requests."""
 

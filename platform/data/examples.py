@@ -36,7 +36,7 @@ class Examples:
 
 
 def write_examples(path: Path, rows: Iterable[dict[str, Any]]) -> int:
-    """Write rows (same keys in each; lists are lists of int32) and return how many there are.
+    """Write rows (same keys in each; lists are lists of int32, arrays of floats stay what they are) and return how many there are.
 
     The file appears when it is complete. Memory stays bounded by a batch of rows.
 
@@ -67,6 +67,8 @@ def _chunks(first: list[dict[str, Any]], rest: Iterator[dict[str, Any]]) -> Iter
 
 
 def _type(value: Any) -> pa.DataType:
+    if isinstance(value, np.ndarray) and value.dtype.kind == "f":
+        return pa.large_list(pa.from_numpy_dtype(value.dtype))
     if isinstance(value, list | np.ndarray):
         return pa.large_list(pa.int32())
     return {str: pa.large_string(), int: pa.int64(), float: pa.float64()}[type(value)]

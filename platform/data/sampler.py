@@ -3,7 +3,8 @@
 The examples form one endless stream, epoch after epoch, each epoch its own permutation; batch `step` is the
 stream from `step * batch_size` on. Every batch is full: one at an epoch's border takes its first examples
 from the old epoch and the rest from the new. Inside an epoch examples of like length share a batch, which
-saves padding while the order of the batches stays random.
+saves padding while the order of the batches stays random. With a `micro_batch_length` the forward passes of a step hold as many
+examples as that many padded positions allow: what changes is how a batch is cut, never which examples it holds.
 """
 
 from __future__ import annotations
@@ -19,9 +20,11 @@ class BatchSampler:
     Args:
         lengths: Length (in tokens, frames, ...) of every example; its index is the example's name here.
         batch_size: Examples of one optimiser step, over all ranks.
-        micro_batch_size: Examples of one forward pass of one rank.
+        micro_batch_size: Examples of one forward pass of one rank; with `micro_batch_length`, at most.
         seed: Seed of all permutations.
         bucket_batches: Examples are batched by length within pools of this many batches; 0 switches that off.
+        micro_batch_length: Largest padded length of one forward pass, examples times the longest of them; a longer
+            example is alone in its pass. All ranks make equally many passes.
     """
 
     def __init__(
@@ -32,6 +35,7 @@ class BatchSampler:
         micro_batch_size: int,
         seed: int,
         bucket_batches: int = 50,
+        micro_batch_length: int | None = None,
     ) -> None:
         self._lengths = np.asarray(lengths, dtype=np.int64)
         if self._lengths.size == 0:
@@ -46,13 +50,15 @@ class BatchSampler:
             ("micro_batch_size", micro_batch_size, 1),
             ("seed", seed, 0),
             ("bucket_batches", bucket_batches, 0),
+            ("micro_batch_length", micro_batch_length, 1),
         ):
-            if value < least:
+            if value is not None and value < least:
                 raise ValueError(f"`{name}` is {value}; it must be at least {least}.")
         self._batch_size = batch_size
         self._micro_batch_size = micro_batch_size
         self._seed = seed
         self._bucket_batches = bucket_batches
+        self._micro_batch_length = micro_batch_length
         self._epochs: dict[int, np.ndarray] = {}
 
     def batch(self, step: int) -> list[int]:
@@ -75,11 +81,15 @@ class BatchSampler:
         The batch is sorted by length and dealt out in turn, so that all ranks have the same work at the same
         time; the shares of all ranks together are exactly `batch(step)`.
         """
-        per_pass = world_size * self._micro_batch_size
+        limit = self._micro_batch_length
+        names, values, per_pass = "`world_size`", f"{world_size}", world_size
+        if limit is None:
+            per_pass = world_size * self._micro_batch_size
+            names += " x `micro_batch_size`"
+            values += f" x {self._micro_batch_size} = {per_pass}"
         if world_size < 1 or self._batch_size % per_pass:
             raise ValueError(
-                f"`batch_size` is {self._batch_size}; it must be a multiple of `world_size` x `micro_batch_size` "
-                f"= {world_size} x {self._micro_batch_size} = {per_pass}."
+                f"`batch_size` is {self._batch_size}; it must be a multiple of {names} = {values}."
             )
         if not 0 <= rank < world_size:
             raise ValueError(
@@ -88,7 +98,9 @@ class BatchSampler:
         batch = np.asarray(self.batch(step))
         by_length = batch[np.argsort(-self._lengths[batch], kind="stable")]
         share = by_length[rank::world_size]
-        return share.reshape(-1, self._micro_batch_size).tolist()
+        # Cut by the longest of all ranks, which rank 0 holds, so that all ranks cut at the same places.
+        pieces = cut_by_length(self._lengths[by_length[::world_size]], self._micro_batch_size, limit)
+        return [share[piece].tolist() for piece in pieces]
 
     def _epoch_order(self, epoch: int) -> np.ndarray:
         if epoch not in self._epochs:
@@ -113,6 +125,20 @@ class BatchSampler:
             middle[start : start + pool] = part[np.argsort(self._lengths[part], kind="stable")]
         shuffled = middle.reshape(batches, batch_size)[_permutation(batches, self._seed, epoch, 1)]
         return np.concatenate([order[:head], shuffled.ravel(), order[tail:]])
+
+
+def cut_by_length(longest_first: Sequence[int] | np.ndarray, size: int, length: int | None) -> list[slice]:
+    """Cut examples, the longest first, into pieces of at most `size`, and of at most `length` when padded.
+
+    >>> cut_by_length([9, 5, 4, 1], size=3, length=10)  # the first alone; two of length 5; the rest
+    [slice(0, 1, None), slice(1, 3, None), slice(3, 4, None)]
+    """
+    pieces, start = [], 0
+    while start < len(longest_first):
+        count = size if length is None else min(size, max(1, length // int(longest_first[start])))
+        pieces.append(slice(start, min(start + count, len(longest_first))))
+        start += count
+    return pieces
 
 
 def padding_share(micro_batches: Iterable[Sequence[int]], lengths: Sequence[int] | np.ndarray) -> float:

@@ -167,6 +167,10 @@ def test_batch_size_must_divide(workers: str) -> None:
     """Ray takes any number of workers in a range, so the batch must divide for each."""
     with pytest.raises(ConfigError, match=r"`train\.batch_size` is 32; it must be a multiple .* 3 x 8 = 24"):
         load_config(TrainingConfig, None, [f"ray.num_workers={workers}"])
+    by_length = ["train.micro_batch_length=4000", "train.micro_batch_size=64"]
+    assert load_config(TrainingConfig, None, ["ray.num_workers=2", *by_length]).train.batch_size == 32
+    with pytest.raises(ConfigError, match=r"`train\.batch_size` is 32; .* multiple of `ray\.num_workers`, 3"):
+        load_config(TrainingConfig, None, [f"ray.num_workers={workers}", *by_length])
 
 
 def test_a_range_of_workers() -> None:

@@ -55,7 +55,7 @@ def _assert_same_run(one: Path, other: Path, *, atol: float) -> None:
 
 
 def test_result_does_not_depend_on_the_split(tmp_path: Path) -> None:
-    """1 x 8, 1 x 2 accumulated four times, 2 x 4, 2 x 2 accumulated twice, and every ZeRO stage: one trajectory.
+    """1 x 8, 1 x 2 accumulated four times, 2 x 4, 2 x 2 accumulated twice, passes cut by length, and every ZeRO stage: one trajectory.
 
     The weights (target tokens) of the shares differ, so a mean of means would fail here.
     """
@@ -71,6 +71,7 @@ def test_result_does_not_depend_on_the_split(tmp_path: Path) -> None:
     two = {
         "2x4": ["train.micro_batch_size=4"],
         "2x2x2": ["train.micro_batch_size=2"],
+        "2xlength": ["train.micro_batch_length=24"],
         **{f"2x2x2-zero{s}": ["train.micro_batch_size=2", f"deepspeed.zero_stage={s}"] for s in (1, 2, 3)},
     }
     for workers, runs in ((1, one), (2, two)):

@@ -349,7 +349,7 @@ def test_a_full_queue_is_429_with_a_time_to_retry(judge: LengthJudge) -> None:
         assert refused.status_code == 429
         assert int(refused.headers["retry-after"]) >= 1
         assert refused.json()["error"]["code"] == "queue_full"
-        assert "needs 1 comparison(s), 6 of 6 are pending" in refused.json()["error"]["message"]
+        assert "needs 1 item(s), 6 of 6 are pending" in refused.json()["error"]["message"]
         assert first.result().status_code == 200
         assert client.post("/compare", json=PAIR).status_code == 200
 

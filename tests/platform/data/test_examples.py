@@ -34,6 +34,13 @@ def test_round_trip_over_several_batches(tmp_path: Path) -> None:
     assert examples.column("length").tolist() == [row["length"] for row in rows]
 
 
+def test_arrays_of_floats_keep_their_type(tmp_path: Path) -> None:
+    features = np.linspace(-1, 1, 6, dtype=np.float16)
+    write_examples(tmp_path / "train.arrow", [{"id": "a", "features": features}])
+    read = Examples(tmp_path / "train.arrow")[0]["features"]
+    assert read.dtype == np.float16 and np.array_equal(read, features)
+
+
 def test_nothing_left_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="No example is left for 'train'"):
         write_examples(tmp_path / "train.arrow", [])

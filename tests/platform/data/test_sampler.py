@@ -6,7 +6,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
-from eagleray.platform.data.sampler import BatchSampler, padding_share
+from eagleray.platform.data.sampler import BatchSampler, cut_by_length, padding_share
 
 
 def lengths_of(size, seed=0):
@@ -175,3 +175,37 @@ def test_no_more_than_two_epochs_are_held_in_memory():
     for step in range(50):
         sampler.batch(step)
         assert len(sampler._epochs) <= 2
+
+
+def test_a_length_limit_cuts_the_same_batches_at_the_same_places_on_all_ranks():
+    for lengths, _, options in random_cases(30):
+        plain = BatchSampler(lengths, batch_size=24, micro_batch_size=24, **options)
+        limited = BatchSampler(lengths, batch_size=24, micro_batch_size=5, micro_batch_length=400, **options)
+        for step in range(3):
+            assert limited.batch(step) == plain.batch(step)
+            for world_size in (1, 2, 3):
+                shares = [
+                    limited.micro_batches(step, rank=r, world_size=world_size) for r in range(world_size)
+                ]
+                dealt = Counter(i for share in shares for micro in share for i in micro)
+                assert dealt == Counter(plain.batch(step))
+                assert len({tuple(len(micro) for micro in share) for share in shares}) == 1
+                for micro in (micro for share in shares for micro in share):
+                    assert len(micro) <= 5
+                    assert len(micro) == 1 or len(micro) * lengths[micro].max() <= 400
+
+
+def test_cutting_by_length_by_hand():
+    assert cut_by_length([9, 5, 4, 1], size=3, length=10) == [slice(0, 1), slice(1, 3), slice(3, 4)]
+    assert cut_by_length([9, 5, 4, 1], size=3, length=None) == [slice(0, 3), slice(3, 4)]
+    assert cut_by_length([99], size=3, length=10) == [slice(0, 1)]  # too long for the limit: alone
+    assert cut_by_length([], size=3, length=10) == []
+
+
+def test_a_length_limit_asks_for_batches_that_the_ranks_can_share():
+    sampler = BatchSampler([3] * 8, batch_size=8, micro_batch_size=3, seed=0, micro_batch_length=6)
+    assert [len(micro) for micro in sampler.micro_batches(0, rank=0, world_size=2)] == [2, 2]
+    with pytest.raises(ValueError, match="must be a multiple of `world_size` = 3"):
+        sampler.micro_batches(0, rank=0, world_size=3)
+    with pytest.raises(ValueError, match="`micro_batch_length` is 0; it must be at least 1"):
+        BatchSampler([3], batch_size=8, micro_batch_size=1, seed=0, micro_batch_length=0)

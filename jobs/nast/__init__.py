@@ -1,0 +1,1 @@
+"""Jobs of CTC-NAST: data preparation, training (also of the autoregressive sibling), translation, evaluation, distillation."""

@@ -1,0 +1,205 @@
+"""Losses: CTC on source and target, at the top and inside (spec 5), with curriculum mixing (spec 6).
+
+    L = w_s CTC(src top) + w_is mean CTC(src inner) + w_t CTC(tgt top) + w_it mean CTC(tgt inner)
+
+Each CTC is a *sum* over the clips, in float32. The training loop divides by the number of target pieces, each with
+one `</s>`, of the global batch. A clip too short for its labels has zero loss and zero gradient; `required_frames`
+and `metrics.infeasible_share` tell how many there are.
+
+Shapes: B clips, T feature frames, F features, S frames of logits, U labels, V tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from eagleray.models.nast.alignment import align
+from eagleray.models.nast.curriculum import Mixing, Oracle, draw_oracle
+from eagleray.models.nast.encoder import NastOutput, Prediction, frozen_statistics
+
+if TYPE_CHECKING:
+    from eagleray.models.nast.autoregressive import AutoregressiveModel
+    from eagleray.models.nast.model import NastModel
+
+
+@dataclass(frozen=True)
+class LossWeights:
+    """Weights of the CTC terms."""
+
+    source: float = 1.0
+    target: float = 1.0
+    inner_source: float = 1.0
+    inner_target: float = 1.0
+
+
+SIBLING_WEIGHTS = LossWeights(source=0.2, target=0.2, inner_source=0.1, inner_target=0.1)
+"""Of the autoregressive recipe, beside a cross-entropy of weight 1."""
+
+
+def ctc_sum(
+    logits_BSV: Tensor,
+    lengths_B: Tensor,
+    labels_BU: Tensor,
+    label_lengths_B: Tensor,
+    *,
+    blank_id: int = 0,
+    zero_infinity: bool = True,
+) -> Tensor:
+    """Sum over the batch of −log P(labels), float32 or better.
+
+    Args:
+        logits_BSV: Logits; padding frames are not read.
+        lengths_B: Frames of each clip.
+        labels_BU: Labels without blanks and without `</s>`.
+        label_lengths_B: Labels of each clip, may be 0.
+        blank_id: The blank.
+        zero_infinity: Give clips that are too short for their labels zero loss and gradient instead of infinity.
+
+    >>> A = torch.tensor([[[.6, .3, .1], [.5, .2, .3], [.4, .1, .5], [.7, .2, .1]]]).double().log()
+    >>> round(ctc_sum(A, torch.tensor([4]), torch.tensor([[1, 2]]), torch.tensor([2])).item(), 6)
+    1.55495
+    """
+    dtype = torch.promote_types(logits_BSV.dtype, torch.float32)
+    log_probs_SBV = logits_BSV.log_softmax(-1, dtype=dtype).transpose(0, 1)
+    # cuDNN's CTC has other rules for lengths and dtypes and is not deterministic.
+    with torch.backends.cudnn.flags(enabled=False):
+        return F.ctc_loss(
+            log_probs_SBV,
+            labels_BU.long(),
+            lengths_B.long(),
+            label_lengths_B.long(),
+            blank=blank_id,
+            reduction="sum",
+            zero_infinity=zero_infinity,
+        )
+
+
+def ctc_terms(
+    output: NastOutput,
+    source_BU: Tensor,
+    source_lengths_B: Tensor,
+    target_BU: Tensor,
+    target_lengths_B: Tensor,
+    *,
+    blank_id: int = 0,
+) -> dict[str, Tensor]:
+    """The four terms of the loss, unweighted; inner ones are means over their layers, and absent without any."""
+
+    def total(predictions: Iterable[Prediction], labels: Tensor, lengths: Tensor) -> Tensor:
+        losses = [ctc_sum(p.logits_BSV, p.lengths_B, labels, lengths, blank_id=blank_id) for p in predictions]
+        return torch.stack(losses).mean()
+
+    terms = {
+        "source": total([output.source], source_BU, source_lengths_B),
+        "target": total([output.target], target_BU, target_lengths_B),
+    }
+    if output.inner_source:
+        terms["inner_source"] = total(output.inner_source.values(), source_BU, source_lengths_B)
+    if output.inner_target:
+        terms["inner_target"] = total(output.inner_target.values(), target_BU, target_lengths_B)
+    return terms
+
+
+def nast_loss(
+    model: NastModel,
+    features_BTF: Tensor,
+    lengths_B: Tensor,
+    source_BU: Tensor,
+    source_lengths_B: Tensor,
+    target_BU: Tensor,
+    target_lengths_B: Tensor,
+    *,
+    weights: LossWeights | None = None,
+    mixing: Mixing | None = None,
+    generator: torch.Generator | None = None,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Summed loss of a batch and its unweighted terms, detached; a batch's weight is Σ (target length + 1).
+
+    Args:
+        model: The model; in evaluation mode there is no mixing.
+        features_BTF: Features, padded on the right.
+        lengths_B: Frames of each clip.
+        source_BU: Pieces of the transcripts, without `</s>`.
+        source_lengths_B: Pieces of each transcript.
+        target_BU: Pieces of the translations, without `</s>`.
+        target_lengths_B: Pieces of each translation.
+        weights: Weights of the terms; default: all 1.
+        mixing: Curriculum mixing; default: that of the paper.
+        generator: Source of the mixing's draws, on the device of the model; default: torch's own.
+    """
+    oracle = _oracle(
+        model, features_BTF, lengths_B, target_BU, target_lengths_B, mixing or Mixing(), generator
+    )
+    output = model(features_BTF, lengths_B, oracle=oracle)
+    labels = (source_BU, source_lengths_B, target_BU, target_lengths_B)
+    terms = ctc_terms(output, *labels, blank_id=model.config.blank_token_id)
+    return _weighted(terms, weights or LossWeights()), _detached(terms)
+
+
+def autoregressive_loss(
+    model: AutoregressiveModel,
+    features_BTF: Tensor,
+    lengths_B: Tensor,
+    source_BU: Tensor,
+    source_lengths_B: Tensor,
+    target_BU: Tensor,
+    target_lengths_B: Tensor,
+    *,
+    weights: LossWeights | None = None,
+    mixing: Mixing | None = None,
+    label_smoothing: float = 0.1,
+    generator: torch.Generator | None = None,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Label-smoothed cross-entropy plus the weighted CTC terms; arguments and results as in `nast_loss`.
+
+    The defaults are those of the recipe: `SIBLING_WEIGHTS` and a mixing ratio of 0.5.
+    """
+    mixing = mixing or Mixing(ratio=0.5)
+    oracle = _oracle(model, features_BTF, lengths_B, target_BU, target_lengths_B, mixing, generator)
+    output, logits_BUV = model(features_BTF, lengths_B, target_BU, target_lengths_B, oracle=oracle)
+    expected_BU = model.with_end(target_BU, target_lengths_B)
+    cross_entropy = F.cross_entropy(
+        logits_BUV.float().flatten(0, 1),
+        expected_BU.flatten(),
+        ignore_index=model.config.pad_token_id,
+        label_smoothing=label_smoothing,
+        reduction="sum",
+    )
+    labels = (source_BU, source_lengths_B, target_BU, target_lengths_B)
+    terms = ctc_terms(output, *labels, blank_id=model.config.blank_token_id)
+    total = cross_entropy + _weighted(terms, weights or SIBLING_WEIGHTS)
+    return total, _detached({"cross_entropy": cross_entropy, **terms})
+
+
+def _oracle(
+    model: NastModel | AutoregressiveModel,
+    features_BTF: Tensor,
+    lengths_B: Tensor,
+    target_BU: Tensor,
+    target_lengths_B: Tensor,
+    mixing: Mixing,
+    generator: torch.Generator | None,
+) -> Oracle | None:
+    """First pass: logits in training mode without gradient, best paths under them, and the draw."""
+    config = model.config
+    unused = not config.inner_target_layers or config.target_prediction in ("none", "linear")
+    if not model.training or not mixing.ratio or unused:
+        return None
+    with torch.no_grad(), frozen_statistics(model):
+        top = model.encoder(features_BTF, lengths_B).target
+    paths = align(top.logits_BSV, top.lengths_B, target_BU, target_lengths_B, blank_id=config.blank_token_id)
+    return draw_oracle(top.logits_BSV, top.lengths_B, paths, mixing, generator=generator)
+
+
+def _weighted(terms: dict[str, Tensor], weights: LossWeights) -> Tensor:
+    return torch.stack([getattr(weights, name) * term for name, term in terms.items()]).sum()
+
+
+def _detached(terms: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: term.detach() for name, term in terms.items()}
