@@ -133,8 +133,8 @@ def _forward(relative_UBS: np.ndarray, equal_UB: np.ndarray) -> _Grid:
     np.cumsum(relative_UBS, axis=2, out=total[:, :, 1:])
     label, entry = np.empty_like(relative_UBS), np.empty_like(relative_UBS)
     best = np.full((labels, batch, size + 2), -np.inf)
-    some_equal = equal_UB.any(1).tolist()
-    previous, delayed = np.zeros((batch, size)), None  # the blank before the first label
+    some_equal = np.logical_or.reduce(equal_UB, axis=1).tolist()
+    previous = delayed = np.zeros((batch, size))  # the blank before the first label
     # Views of all labels at once: sliced one by one they would take a third of the time.
     shifts = (best[:, :, 2:], best[:, :, 1:-1], best[:, :, :-2])
     rows = zip(total[:, :, :-1], total[:, :, 1:], entry, label, *shifts, strict=True)
