@@ -20,7 +20,7 @@ from eagleray.models.lisa.distill import is_lisa_parameter
 from eagleray.platform.config import ConfigError, load_config
 from eagleray.platform.runs import RunFolder
 from eagleray.platform.sections import LoraSection
-from eagleray.platform.tuning import check_space
+from eagleray.platform.space import check_space
 
 CONFIGS = Path(__file__).parents[3] / "configs" / "lisa"
 
@@ -117,7 +117,7 @@ def test_an_adapter_holds_what_was_added(teacher: Path, tmp_path: Path) -> None:
         "k_lr",
     }
     assert not any("lora" in name and "_lr." in name for name in trained)
-    batch = task.train_batch([0, 1])
+    batch = task.train_batch([0, 1], step=0)
     total, parts = task.loss(model, batch.tensors)
     assert set(parts) == {"language_model", "distillation"} and batch.weight == 64
     total.backward()
@@ -138,8 +138,8 @@ def test_the_loss_does_not_depend_on_company(teacher: Path, tmp_path: Path) -> N
         cfg.model_copy(update={"loss": cfg.loss.model_copy(update={"mse_out": 0.0})}), run.data
     )
     model = task.build_model()
-    both = task.loss(model, task.train_batch([0, 1]).tensors)[0]
-    alone = [task.loss(model, task.train_batch([i]).tensors)[0] for i in (0, 1)]
+    both = task.loss(model, task.train_batch([0, 1], step=0).tensors)[0]
+    alone = [task.loss(model, task.train_batch([i], step=0).tensors)[0] for i in (0, 1)]
     torch.testing.assert_close(both, alone[0] + alone[1])
     records = task.evaluate_batch(model, task.eval_batch([0, 1]).tensors)
     assert len(records) == 2 and set(records[0][0]) == {"layer_2", "layer_4"}
@@ -167,7 +167,7 @@ def test_contradictions_are_refused(
 def test_the_sweep_refuses_ranks_past_break_even(teacher: Path, tmp_path: Path) -> None:
     """Before any trial runs: heads of 16 do not bear a rank of 12 beside this alignment."""
     cfg = load(lisa_train.Config, teacher, tmp_path)
-    space = load_space("lisa_rank", "grid")
+    space = load_space("lisa_rank", "grid", lisa_train)
     with pytest.raises(ConfigError, match="times the arithmetic of full scores"):
         check_space(space, lisa_train.Config, cfg.model_dump(mode="json"), search="grid")
 
