@@ -79,8 +79,8 @@ class ToyTask(LanguageModelTask):
         )
         return add_lora(LlamaForCausalLM(config), self.cfg.lora, task_type="CAUSAL_LM")
 
-    def train_batch(self, indices: Sequence[int]) -> Batch:
-        batch = super().train_batch(indices)
+    def train_batch(self, indices: Sequence[int], *, step: int) -> Batch:
+        batch = super().train_batch(indices, step=step)
         places = [(place + 1) * zlib.crc32(name.encode()) for place, name in enumerate(batch.ids)]
         return replace(batch, tensors={**batch.tensors, "order": torch.tensor(float(sum(places) % 2**40))})
 
