@@ -190,8 +190,8 @@ def test_paths_of_the_config_no_longer_depend_on_the_folder(
         Path("mine.yaml"), ["data.train.sources.0.path=pair*.jsonl", "data.eval.sources.0.path=hub/name"]
     )
     dumped = job.config.model_dump()["data"]
-    assert dumped["train"]["sources"][0]["path"] == str(folder / "pair*.jsonl")
-    assert dumped["eval"]["sources"][0]["path"] == "hub/name"  # nothing of this machine
+    assert dumped["train"][0]["sources"][0]["path"] == str(folder / "pair*.jsonl")
+    assert dumped["eval"][0]["sources"][0]["path"] == "hub/name"  # nothing of this machine
     assert job.local_paths == [str(folder / "pair*.jsonl")]
     assert job.config.run.dir is not None and job.config.run.dir.startswith("runs/gram.finetune/")
 
