@@ -47,7 +47,7 @@ class Site:
             env=environment,
             capture_output=True,
             text=True,
-            timeout=170,
+            timeout=400,  # on a busy machine, workers alone may take minutes to start
         )
 
     def submit(self, *arguments: object, cwd: Path, **variables: str) -> subprocess.CompletedProcess[str]:
