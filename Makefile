@@ -37,8 +37,9 @@ $(READY): pyproject.toml
 demo: $(READY)
 	$(PYTHON) -m eagleray.jobs.gram.demo $(if $(DATA),"data.pairs=$(DATA)")
 
+# Two at a time: many tests wait for processes that start. A file stays together, as its tests share a cluster.
 test: $(READY)
-	$(PYTHON) -m pytest
+	$(PYTHON) -m pytest -n 2 --dist loadfile
 
 soak: $(READY)
 	PYTHONPATH=.:tests $(PYTHON) -m soak $(if $(KILLS),--kills $(KILLS)) $(if $(SEED),--seed $(SEED))
@@ -47,7 +48,7 @@ check: $(READY)
 	$(PYTHON) -m ruff format --check .
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m pyright
-	$(PYTHON) -m pytest -m 'not ray'
+	$(PYTHON) -m pytest -n 2 -m 'not ray'
 
 format: $(READY)
 	$(PYTHON) -m ruff check --fix .
