@@ -40,7 +40,7 @@ class Size:
     """Words of an answer."""
 
 
-QUICK = Size(points=2, steps=8, eval_every=2, eval_pairs=20)
+QUICK = Size(points=1, steps=8, eval_every=2, eval_pairs=20)
 
 
 @dataclass(frozen=True)
