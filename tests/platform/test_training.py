@@ -198,14 +198,21 @@ def _variants(rank: int, root: str) -> None:
     assert lora and lora["steps"] == 4
     _train(Path(root, "bf16"), "train.precision=bf16", "deepspeed.zero_stage=2", "train.max_steps=4")
     _train(Path(root, "gc"), "train.gradient_checkpointing=true")
-    with pytest.raises(ValueError, match="needs a GPU"):
-        _train(Path(root, "fp16"), "train.precision=fp16")
     with pytest.raises(ValueError, match=r"`train.metric` is 'bleu'; this job evaluates: loss"):
         _train(Path(root, "metric"), "train.metric=bleu")
     _train(Path(root, "plain"))
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="checks what happens without a GPU")
+def _fp16(rank: int, root: str) -> None:
+    with pytest.raises(ValueError, match="needs a GPU"):
+        _train(Path(root), "train.precision=fp16")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="refused only where there is no GPU")
+def test_fp16_needs_a_gpu(tmp_path: Path) -> None:
+    run_workers(_fp16, 1, str(tmp_path))
+
+
 def test_variants(tmp_path: Path) -> None:
     """Early stopping, LoRA export, bf16, gradient checkpointing, refusals."""
     run_workers(_variants, 1, str(tmp_path))

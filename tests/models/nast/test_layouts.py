@@ -103,7 +103,7 @@ def test_several_recordings_are_one_utterance(tmp_path: Path) -> None:
 def test_the_real_recordings_are_read() -> None:
     folder = Path(__file__).parents[3].parent / "shared" / "data" / "fsdd_numbers"
     if not folder.is_dir():
-        pytest.skip(f"{folder} is not there")
+        pytest.skip("no real data in ../shared/data/fsdd_numbers")
     rows = _read(folder, split="dev")
     assert len(rows) == 350
     table = [line.split("\t") for line in (folder / "dev.tsv").read_text(encoding="utf-8").splitlines()]
