@@ -5,7 +5,9 @@
 All three start from the same folder with a model of random weights and see the same judge prompts of about 256
 tokens in the same batches (no padding to speak of, so length bucketing gains us nothing here), in fp32 on the
 CPU, with fused AdamW, clipping and a cosine schedule, and the same number of threads, each in a fresh process.
-They run in turn, twice, the second time in the opposite order.
+They run in turn, twice, the second time in the opposite order. One core is left to Ray's own processes, of which
+a dozen wake up many times a second: where every core computes, each of them holds up the whole step. `--threads`
+with all cores measures that.
 
 - `tokens_per_s`: tokens of judge prompts a second, ours over trl's. Ours is the real job: run folder, Ray Train,
   DeepSpeed, and a line of metrics for every step (ten times its default). Time is the clock between the lines of
@@ -52,7 +54,7 @@ class Size:
     layers: int = 6
     vocab_size: int = 16_384
     tokens: int = 256
-    batch: int = 8
+    batch: int = 4
     left_out: int = 5
     steps: int = 50
     """Measured steps of ours and of the bare loop in a round."""
@@ -96,8 +98,8 @@ def prepare(*, folder: Path, size: Size) -> None:
                 file.write(json.dumps(row) + "\n")
 
 
-def ours(*, folder: Path, run: str, size: Size) -> Timing:
-    """The job itself, in a run folder of its own."""
+def ours(*, folder: Path, run: str, size: Size, workers: int = 1) -> Timing:
+    """The job itself, in a run folder of its own; each worker has the threads of this process."""
     from eagleray.jobs.gram import finetune
     from eagleray.platform.config import validate_config
 
@@ -110,10 +112,10 @@ def ours(*, folder: Path, run: str, size: Size) -> Timing:
                 part: {"sources": [{"path": str(folder / f"{part}.jsonl")}]} for part in ("train", "eval")
             },
             "run": {"dir": str(folder / run)},
-            "ray": {"num_workers": 1, "cpus_per_worker": torch.get_num_threads(), "use_gpu": False},
+            "ray": {"num_workers": workers, "cpus_per_worker": torch.get_num_threads(), "use_gpu": False},
             "train": {
                 "batch_size": size.batch,
-                "micro_batch_size": size.batch,
+                "micro_batch_size": size.batch // workers,
                 "max_steps": steps,
                 "eval_every": steps,
                 "log_every": 1,
@@ -214,7 +216,7 @@ def trl(*, folder: Path, data: str, size: Size) -> Timing:
 
 def main() -> None:
     """Measure and print."""
-    options, machine = start(__doc__ or "", use_gpu=False)
+    options, machine = start(__doc__ or "", use_gpu=False, spare_cores=1)
     size, threads = QUICK if options.quick else Size(), options.threads
     with tempfile.TemporaryDirectory(prefix="eagleray-benchmark-") as name:
         folder = Path(name)

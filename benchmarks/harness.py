@@ -199,8 +199,16 @@ def describe_machine(threads: int) -> dict[str, Any]:
     }
 
 
-def start(description: str, *, use_gpu: bool) -> tuple[Options, dict[str, Any]]:
+def start(
+    description: str, *, use_gpu: bool, spare_cores: int = 0, workers: int = 1
+) -> tuple[Options, dict[str, Any]]:
     """Read the command line and fix the environment that every process started from here on inherits.
+
+    Args:
+        description: What `--help` prints.
+        use_gpu: Whether the sides may see a GPU.
+        spare_cores: How many cores the sides leave alone unless `--threads` says otherwise.
+        workers: Processes of a side that compute at a time and share the cores.
 
     Returns:
         The options and the description of the machine.
@@ -210,8 +218,9 @@ def start(description: str, *, use_gpu: bool) -> tuple[Options, dict[str, Any]]:
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--quick", action="store_true", help="tiny sizes: shows that it runs, no more")
+    threads = max(1, (cores - spare_cores) // workers)
     parser.add_argument(
-        "--threads", type=int, default=cores, help="threads of each side (default: all cores)"
+        "--threads", type=int, default=threads, help=f"threads of each side (default: {threads})"
     )
     options = Options(**vars(parser.parse_args()))
     if not 1 <= options.threads <= cores:

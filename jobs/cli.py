@@ -162,6 +162,21 @@ def serve(
     )
 
 
+@app.command("score")
+def score(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="Model folder or hub name.")],
+    files: Annotated[
+        list[str],
+        typer.Argument(metavar="FILE... [KEY=VALUE]...", help="Pairs; settings as of `gram.score`."),
+    ],
+) -> None:
+    """Score answer pairs in files of any size; a run that was stopped goes on with the same `run.dir`."""
+    sources = [{"path": name} for name in files if "=" not in name]
+    kind = "discriminative" if Path(model, "reward_model.json").exists() else "judge"
+    given = [f"scorer.kind={kind}", f"scorer.path={model}", f"pairs.sources={json.dumps(sources)}"]
+    start("gram.score", None, [*given, *(setting for setting in files if "=" in setting)])
+
+
 @app.command("submit")
 def submit(
     config: ConfigFile,

@@ -18,6 +18,7 @@ JOBS = {
     "gram.finetune": "eagleray.jobs.gram.finetune",
     "gram.discriminative": "eagleray.jobs.gram.discriminative",
     "gram.evaluate": "eagleray.jobs.gram.evaluate",
+    "gram.score": "eagleray.jobs.gram.score",
     "gram.demo": "eagleray.jobs.gram.demo",
     "lisa.analyze": "eagleray.jobs.lisa.analyze",
     "lisa.convert": "eagleray.jobs.lisa.convert",

@@ -45,7 +45,7 @@ FREE_ON_RESUME = {
 
 CONFIG_FILE, MANIFEST_FILE, REPORT_FILE = "config.yaml", "manifest.json", "report.json"
 
-_PROGRESS = (METRICS_FILE, REPORT_FILE, "checkpoints", "model", "trials")
+_PROGRESS = (METRICS_FILE, REPORT_FILE, "checkpoints", "model", "scores", "trials")
 
 
 class RunFinishedError(ConfigError):
@@ -250,7 +250,7 @@ class RunFolder:
         self.resumed = True
 
     def _has_progress(self) -> bool:
-        """Whether an earlier attempt got as far as leaving a metric, a checkpoint, a model, a report or a trial."""
+        """Whether an earlier attempt got as far as leaving a metric, a checkpoint, a model, scores, a report or a trial."""
         for name in _PROGRESS:
             path = self.path / name
             if any(path.iterdir()) if path.is_dir() else path.is_file() and path.stat().st_size:

@@ -91,11 +91,28 @@ def open_data(path: Path) -> Iterator[BinaryIO]:
     """
     try:
         with path.open("rb") as plain:
-            packed = plain.read(2) == _GZIP_MAGIC
-            plain.seek(0)
-            yield cast(BinaryIO, gzip.GzipFile(fileobj=plain)) if packed else plain
+            yield cast(BinaryIO, gzip.GzipFile(fileobj=plain)) if _begins_packed(plain) else plain
     except (OSError, EOFError, zlib.error) as error:
         raise DataError(str(path), "the file cannot be read", str(error)) from error
+
+
+def is_packed(path: Path) -> bool:
+    """Whether a file is gzip, told by its first bytes.
+
+    Raises:
+        DataError: The file cannot be opened.
+    """
+    try:
+        with path.open("rb") as stream:
+            return _begins_packed(stream)
+    except OSError as error:
+        raise DataError(str(path), "the file cannot be read", str(error)) from error
+
+
+def _begins_packed(stream: BinaryIO) -> bool:
+    packed = stream.read(2) == _GZIP_MAGIC
+    stream.seek(0)
+    return packed
 
 
 def decode_utf8(data: bytes, path: Path, *, line: int = 1) -> str:

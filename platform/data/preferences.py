@@ -11,7 +11,7 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, Protocol, TypeVar
@@ -20,7 +20,14 @@ from pydantic import BeforeValidator, Field
 
 from eagleray.platform.config import Config
 from eagleray.platform.data.layouts import Message, ParsedPair, RowProblem, kind_of, parse_pair, readable
-from eagleray.platform.data.sources import DataError, SourceConfig, file_hashes, read_rows, resolve_source
+from eagleray.platform.data.sources import (
+    DataError,
+    Row,
+    SourceConfig,
+    file_hashes,
+    read_rows,
+    resolve_source,
+)
 
 Label = bool | int | str
 Rewrite = Callable[[dict[str, Any]], dict[str, Any]]
@@ -181,6 +188,25 @@ def load_response_pairs(
     return _load(data, rewrite, _to_response_pair)
 
 
+def read_candidates(
+    rows: Iterable[Row | DataError], data: PreferenceData, report: ReadReport
+) -> Iterator[ResponsePair]:
+    """Pairs to be judged, one at a time: `response_a` and `response_b`, or chosen and rejected in this order.
+
+    Unlike `load_response_pairs` it keeps the order of the row, holds no more than one row and does not look for
+    ids that occur twice, so it serves files of any length.
+
+    Args:
+        rows: Rows of a source.
+        data: Rules; its sources are not looked at.
+        report: Counts what is read and left out.
+
+    Raises:
+        DataError: A row does not fit (unless `on_error` is `skip`).
+    """
+    yield from _read(rows, data, None, _to_candidates, report)
+
+
 class _Pair(Protocol):
     @property
     def prompt_text(self) -> str: ...
@@ -248,22 +274,32 @@ def _read_part(
 ) -> Iterator[_T]:
     for source in data.sources:
         report.hashes.update(file_hashes(source))
-        for row in read_rows(source):
-            report.read += 1
-            try:
-                if isinstance(row, DataError):
-                    raise row
-                pair = build(_rewritten(row.values, rewrite), data)
-            except (RowProblem, DataError) as problem:
-                error = DataError(row.where, problem.reason, problem.detail)
-                if data.on_error == "raise":
-                    raise error from None
-                report.leave_out(error.reason, str(error))
-                continue
-            if pair is None:
-                report.leave_out("tie")
-            else:
-                yield pair
+        yield from _read(read_rows(source), data, rewrite, build, report)
+
+
+def _read(
+    rows: Iterable[Row | DataError],
+    data: PreferenceData,
+    rewrite: Rewrite | None,
+    build: Callable[[dict[str, Any], PreferenceData], _T | None],
+    report: ReadReport,
+) -> Iterator[_T]:
+    for row in rows:
+        report.read += 1
+        try:
+            if isinstance(row, DataError):
+                raise row
+            pair = build(_rewritten(row.values, rewrite), data)
+        except (RowProblem, DataError) as problem:
+            error = DataError(row.where, problem.reason, problem.detail)
+            if data.on_error == "raise":
+                raise error from None
+            report.leave_out(error.reason, str(error))
+            continue
+        if pair is None:
+            report.leave_out("tie")
+        else:
+            yield pair
 
 
 def _rewritten(values: dict[str, Any], rewrite: Rewrite | None) -> dict[str, Any]:
@@ -298,19 +334,23 @@ def _to_preference(values: dict[str, Any], data: PreferenceData) -> Preference |
 
 
 def _to_response_pair(values: dict[str, Any], data: PreferenceData) -> ResponsePair:
+    pair = _to_candidates(values, data)
+    if _has_responses(values, data):
+        return pair
+    parsed = ParsedPair(pair.prompt, pair.response_a, pair.response_b)
+    if int(_digest(parsed)[-1], 16) % 2 == 1:
+        return replace(pair, response_a=pair.response_b, response_b=pair.response_a)
+    return pair
+
+
+def _to_candidates(values: dict[str, Any], data: PreferenceData) -> ResponsePair:
     columns = data.columns
     labels = {columns.label, columns.margin, columns.score_chosen, columns.score_rejected}
-    if _has_responses(values, data):
-        first, second = columns.response_a, columns.response_b
-        pair = _checked(values, first, second, data)
-        swap = False
-    else:
-        first, second = columns.chosen, columns.rejected
-        pair = _checked(values, first, second, data)
-        swap = int(_digest(pair)[-1], 16) % 2 == 1
-    a, b = (pair.second, pair.first) if swap else (pair.first, pair.second)
+    responses = (columns.response_a, columns.response_b)
+    first, second = responses if _has_responses(values, data) else (columns.chosen, columns.rejected)
+    pair = _checked(values, first, second, data)
     rest = _rest(values, columns, {first, second, *labels})
-    return ResponsePair(_id(values, pair, columns), pair.prompt, a, b, rest)
+    return ResponsePair(_id(values, pair, columns), *pair, rest)
 
 
 def _has_responses(values: Mapping[str, Any], data: PreferenceData) -> bool:

@@ -12,7 +12,7 @@ import codecs
 import hashlib
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
@@ -32,7 +32,20 @@ from eagleray.platform.data.files import (
     sha256_of_file,
 )
 
-__all__ = ["DataError", "Row", "SourceConfig", "content_hash", "file_hashes", "read_rows", "resolve_source"]
+__all__ = [
+    "DataError",
+    "Row",
+    "SourceConfig",
+    "content_hash",
+    "file_format",
+    "file_hashes",
+    "parquet_row_groups",
+    "parse_json_line",
+    "read_parquet",
+    "read_rows",
+    "resolve_source",
+    "source_files",
+]
 
 _SUFFIXES: dict[str, tuple[str, ...]] = {
     "jsonl": (".jsonl", ".jsonl.gz"),
@@ -118,6 +131,15 @@ def content_hash(source: SourceConfig) -> str:
     return sums[0] if len(sums) == 1 else hashlib.sha256("\n".join(sums).encode()).hexdigest()
 
 
+def source_files(source: SourceConfig) -> list[Path] | None:
+    """The files of a source in the order they are read; `None` if `datasets` reads it.
+
+    Raises:
+        DataError: No such file or folder.
+    """
+    return _local_files(source) if _kind(source) == "files" else None
+
+
 def _kind(source: SourceConfig, base: str | Path = ".") -> Literal["files", "saved", "hub"]:
     """What reads a source: our readers, or `datasets` for a folder of `save_to_disk` or for the hub.
 
@@ -151,10 +173,15 @@ def _local_files(source: SourceConfig) -> list[Path]:
 
 def _read_files(source: SourceConfig) -> Iterator[Row | DataError]:
     for file in _local_files(source):
-        yield from _READERS[_format_of(file, source)](file)
+        yield from _READERS[file_format(file, source)](file)
 
 
-def _format_of(file: Path, source: SourceConfig) -> str:
+def file_format(file: Path, source: SourceConfig) -> str:
+    """`jsonl`, `json` or `parquet`, by the source's setting or the file's ending.
+
+    Raises:
+        DataError: Neither tells.
+    """
     if source.format != "auto":
         return source.format
     for name, suffixes in _SUFFIXES.items():
@@ -173,17 +200,22 @@ def _read_jsonl(path: Path) -> Iterator[Row | DataError]:
             if line.isspace():
                 continue
             empty = False
-            where = f"{path}:{number}"
-            try:
-                yield _as_row(json.loads(decode_utf8(line, path, line=number).rstrip()), where)
-            except DataError as error:
-                yield error
-            except json.JSONDecodeError as error:
-                yield DataError(where, "broken JSON", f"{error.msg} at column {error.colno}")
-            except (ValueError, RecursionError) as error:  # a number of thousands of digits, endless nesting
-                yield DataError(where, "broken JSON", str(error))
+            yield parse_json_line(line, path, number)
     if empty:
         yield DataError(f"{path}:1", "the file is empty")
+
+
+def parse_json_line(line: bytes, path: Path, number: int) -> Row | DataError:
+    """The object on one line of a file, or what is wrong with it."""
+    where = f"{path}:{number}"
+    try:
+        return _as_row(json.loads(decode_utf8(line, path, line=number).rstrip()), where)
+    except DataError as error:
+        return error
+    except json.JSONDecodeError as error:
+        return DataError(where, "broken JSON", f"{error.msg} at column {error.colno}")
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits, endless nesting
+        return DataError(where, "broken JSON", str(error))
 
 
 def _as_row(value: Any, where: str) -> Row | DataError:
@@ -300,27 +332,50 @@ class _JsonScanner:
         return not self._ended
 
 
-def _read_parquet(path: Path) -> Iterator[Row | DataError]:
+def read_parquet(
+    path: Path, *, groups: Sequence[int] | None = None, first: int = 1
+) -> Iterator[Row | DataError]:
+    """The rows of a Parquet file, or of some of its row groups, the first of which holds row `first`.
+
+    Raises:
+        DataError: The file is damaged.
+    """
+    number = first - 1
+    with _parquet_file(path) as file:
+        for batch in file.iter_batches(batch_size=_PARQUET_BATCH, row_groups=groups):
+            for values in batch.to_pylist():
+                number += 1
+                yield Row(values, f"{path}:{number}")
+    if number == 0:
+        yield DataError(f"{path}:1", "the file is empty", "it has no rows")
+
+
+def parquet_row_groups(path: Path) -> list[int]:
+    """How many rows each row group of a Parquet file has.
+
+    Raises:
+        DataError: The file is damaged.
+    """
+    with _parquet_file(path) as file:
+        return [file.metadata.row_group(group).num_rows for group in range(file.metadata.num_row_groups)]
+
+
+@contextmanager
+def _parquet_file(path: Path) -> Iterator[Any]:
     import pyarrow as pa  # here, as `datasets` below: reading JSON should not wait for them
     import pyarrow.parquet as pq
 
-    number = 0
     try:
         with pq.ParquetFile(path) as file:
-            for batch in file.iter_batches(batch_size=_PARQUET_BATCH):
-                for values in batch.to_pylist():
-                    number += 1
-                    yield Row(values, f"{path}:{number}")
+            yield file
     except (OSError, pa.ArrowException) as error:
         raise DataError(str(path), "not a readable Parquet file", str(error)) from error
-    if number == 0:
-        yield DataError(f"{path}:1", "the file is empty", "it has no rows")
 
 
 _READERS: dict[str, Callable[[Path], Iterator[Row | DataError]]] = {
     "jsonl": _read_jsonl,
     "json": _read_json,
-    "parquet": _read_parquet,
+    "parquet": read_parquet,
 }
 
 

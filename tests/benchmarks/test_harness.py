@@ -184,6 +184,7 @@ def test_a_dying_side_tells_its_exit_code() -> None:
         ("gram_vs_trl", {"tokens_per_s", "step_overhead"}),
         ("gram_rank", {"prefix_sharing", "served", "padding"}),
         ("sweep_cost", {"steps_asha_over_grid"}),
+        ("scaling", {"speedup_2_over_1"}),
     ],
 )
 def test_a_benchmark_runs(name: str, keys: set[str]) -> None:

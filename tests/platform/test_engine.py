@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import pytest
-from toy_task import toy_config
+import torch
+from toy_task import run_workers, toy_config
 
 from eagleray.platform.config import ConfigError
-from eagleray.platform.engine import deepspeed_config
+from eagleray.platform.engine import build_engine, deepspeed_config
 
 
 def test_plain_config_clips_outside_deepspeed() -> None:
@@ -53,3 +54,26 @@ def test_offload() -> None:
 def test_contradictions_are_refused(override: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         toy_config(override)
+
+
+def _take_small_steps(rank: int, stage: int) -> None:
+    cfg = toy_config(
+        "train.precision=bf16",
+        f"deepspeed.zero_stage={stage}",
+        "optim={lr: 1.0e-4, schedule: constant, warmup_ratio: 0, weight_decay: 0}",
+    )
+    model = torch.nn.Linear(4, 4)
+    torch.nn.init.ones_(model.weight)
+    engine = build_engine(model, cfg, total_steps=100)
+    inputs = torch.ones(2, 4, dtype=torch.bfloat16)
+    for _ in range(100):
+        engine.backward(engine(lambda module, x: module(x).float().sum(), inputs), scale_wrt_gas=False)
+        engine.step()
+    moved = 1 - model.weight.float()
+    assert torch.all((moved - 0.01).abs() < 0.004), moved
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2])
+def test_bf16_keeps_updates_smaller_than_its_spacing(stage: int) -> None:
+    """1 - 1e-4 is 1 in bf16: only masters in fp32 add a hundred such steps up, here to 0.01."""
+    run_workers(_take_small_steps, 1, stage)
