@@ -87,7 +87,9 @@ def load_language_model(
     options: dict[str, Any] = {"dtype": "auto" if dtype is None else dtype, "use_safetensors": True}
     if _find(path, "reward_model.json", revision) is not None:
         # Loading would succeed, with a random head.
-        raise ValueError(f"{path} holds a reward model with a scalar head, no judge; use it as `discriminative`.")
+        raise ValueError(
+            f"{path} holds a reward model with a scalar head, no judge; use it as `discriminative`."
+        )
     if _find(path, "adapter_config.json", revision) is None:
         return AutoModelForCausalLM.from_pretrained(path, revision=revision, **options)
     if _find(path, "adapter_model.safetensors", revision) is None:
