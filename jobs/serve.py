@@ -33,12 +33,14 @@ from eagleray.platform.serving import (
     serve_yaml,
 )
 
-APPLICATIONS = {"gram": "eagleray.serve.gram", "nast": "eagleray.serve.nast"}
+APPLICATIONS = {"gram": "eagleray.serve.gram", "lisa": "eagleray.serve.lisa", "nast": "eagleray.serve.nast"}
 """Kind of model -> module with the application's `build_app` and its argument, the config class `Args`."""
 
 _PAIR = '{"prompt": "Name a river in Peru.", "a": "The Ucayali.", "b": "Probably the Nile."}'
+_CHAT = '{"model": "model", "messages": [{"role": "user", "content": "Name a river in Peru."}]}'
 _EXAMPLES = {
     "gram": f"/compare -H 'content-type: application/json' -d {shlex.quote(_PAIR)}",
+    "lisa": f"/v1/chat/completions -H 'content-type: application/json' -d {shlex.quote(_CHAT)}",
     "nast": "/translate --data-binary @recording.wav",
 }
 """Kind of model -> the rest of a `curl` command that tries it."""

@@ -182,6 +182,14 @@ class SpeechHealthResponse(_FromModel):
     """Pieces of recordings admitted by this replica and not finished."""
 
 
+class TextHealthResponse(_FromModel):
+    """The model is loaded and takes requests."""
+
+    status: Literal["ready"] = "ready"
+    pending_continuations: int = Field(ge=0)
+    """Continuations admitted by this replica and not finished."""
+
+
 class HealthResponse(_FromModel):
     """The model is loaded and takes requests."""
 
