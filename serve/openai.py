@@ -116,6 +116,17 @@ class ChatRequest(_Generation):
     """New tokens at most; default: the most the server allows."""
 
 
+class _Answer(BaseModel):
+    id: str
+    """Of the request; the same in all pieces of a stream."""
+    created: int
+    """Unix time."""
+    model: str
+    """Name of the model that answered."""
+    system_fingerprint: str
+    """Changes with the weights."""
+
+
 class Usage(BaseModel):
     """Tokens of a request; a prompt counts once, however many continuations it gets."""
 
@@ -133,14 +144,10 @@ class CompletionChoice(BaseModel):
     logprobs: None = None
 
 
-class Completion(BaseModel):
+class Completion(_Answer):
     """Continuations of a text, or with `stream` a piece of them."""
 
-    id: str
     object: Literal["text_completion"] = "text_completion"
-    created: int
-    model: str
-    system_fingerprint: str
     choices: list[CompletionChoice]
     usage: Usage | None = None
 
@@ -161,14 +168,10 @@ class ChatChoice(BaseModel):
     logprobs: None = None
 
 
-class ChatCompletion(BaseModel):
+class ChatCompletion(_Answer):
     """Answers to a conversation."""
 
-    id: str
     object: Literal["chat.completion"] = "chat.completion"
-    created: int
-    model: str
-    system_fingerprint: str
     choices: list[ChatChoice]
     usage: Usage
 
@@ -189,14 +192,10 @@ class ChunkChoice(BaseModel):
     logprobs: None = None
 
 
-class ChatCompletionChunk(BaseModel):
+class ChatCompletionChunk(_Answer):
     """A piece of the answers to a conversation."""
 
-    id: str
     object: Literal["chat.completion.chunk"] = "chat.completion.chunk"
-    created: int
-    model: str
-    system_fingerprint: str
     choices: list[ChunkChoice]
     usage: Usage | None = None
 
