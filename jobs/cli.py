@@ -73,6 +73,12 @@ def train(config: ConfigFile, overrides: Overrides = None) -> None:
     start(None, config, overrides or [])
 
 
+@app.command("select")
+def select(config: ConfigFile, overrides: Overrides = None) -> None:
+    """Select preference data as a config file of the job `select` describes."""
+    start("select", config, overrides or [])
+
+
 @app.command("sweep")
 def sweep(
     space: Annotated[

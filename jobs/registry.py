@@ -29,6 +29,7 @@ JOBS = {
     "nast.translate": "eagleray.jobs.nast.translate",
     "nast.evaluate": "eagleray.jobs.nast.evaluate",
     "nast.distill": "eagleray.jobs.nast.distill",
+    "select": "eagleray.jobs.select",
     "sweep": "eagleray.jobs.sweep",
 }
 """Job name -> module."""

@@ -15,12 +15,14 @@ class FeatureSet:
     """Rows with their ids."""
 
     name: str
-    ids: Sequence[str]
-    rows: Rows
+    ids: list[str]
+    rows: Rows | None
+    """Features; None for selections that need none."""
 
     def take(self, numbers: np.ndarray) -> FeatureSet:
         """These rows alone, in this order."""
-        return FeatureSet(self.name, [self.ids[number] for number in numbers], self.rows[numbers])
+        rows = None if self.rows is None else self.rows[numbers]
+        return FeatureSet(self.name, [self.ids[number] for number in numbers], rows)
 
 
 def select_chain(

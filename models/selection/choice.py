@@ -7,6 +7,7 @@ the pool nor on how it was split over workers (LRHP section 5, RoVRM section 4.2
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from sklearn.cluster import KMeans, MiniBatchKMeans
@@ -34,7 +35,7 @@ def best_first(scores_N: np.ndarray, ids: Sequence[str], *, highest: bool) -> np
     starts, stops = np.r_[0, borders], np.r_[borders, len(order)]
     for start, stop in zip(starts, stops, strict=True):
         if stop - start > 1:
-            order[start:stop] = sorted(order[start:stop], key=lambda row: ids[row])
+            order[start:stop] = sorted(order[start:stop], key=lambda row: ids[int(row)])
     return order
 
 
@@ -80,7 +81,7 @@ def take_by_quota(order: np.ndarray, groups_N: np.ndarray, count: int) -> np.nda
 
 def cluster(rows: Rows, clusters: int, *, seed: int) -> tuple[np.ndarray, np.ndarray]:
     """k-means: group of each row [N], and the centres [k, D]; in mini-batches where there are many rows."""
-    method = MiniBatchKMeans if rows.shape[0] > _MINI_BATCH_FROM else KMeans
+    method: Any = MiniBatchKMeans if rows.shape[0] > _MINI_BATCH_FROM else KMeans
     found = method(n_clusters=min(clusters, rows.shape[0]), n_init=1, random_state=seed).fit(rows)
     return found.labels_.astype(int), found.cluster_centers_
 

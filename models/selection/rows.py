@@ -99,16 +99,18 @@ def check_disjoint(
         SelectionError: With the ids of both sides.
     """
     names = {prompt_key(prompt): name for prompt, name in zip(other, other_ids, strict=True)}
-    shared = [
-        f"{name} (= {names[key]})"
-        for name, key in zip(pool_ids, map(prompt_key, pool), strict=True)
-        if key in names
-    ]
+    shared = [f"{pool_ids[row]} (= {names[prompt_key(pool[row])]})" for row in overlapping(pool, other)]
     if shared:
         raise SelectionError(
             f"{len(shared)} row(s) of the pool have a prompt that the {what} has too: {shown(shared)}. "
             "Take them out of the pool; what is selected with or tested on must not be selected."
         )
+
+
+def overlapping(pool: Sequence[str], other: Sequence[str]) -> list[int]:
+    """Numbers of the prompts in `pool` that are in `other` too, case and punctuation aside."""
+    known = {prompt_key(prompt) for prompt in other}
+    return [row for row, prompt in enumerate(pool) if prompt_key(prompt) in known]
 
 
 def prompt_key(prompt: str) -> str:

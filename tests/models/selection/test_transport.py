@@ -185,7 +185,7 @@ def test_check_9_edges() -> None:
 
 def test_check_10_a_single_source_costs_its_pointwise_score() -> None:
     alone = emd(A, "pointwise").score_N
-    np.testing.assert_allclose([emd(A[i : i + 1]).cost for i in range(4)], alone)
+    np.testing.assert_allclose([emd(A[i : i + 1]).cost or 0.0 for i in range(4)], alone)
 
 
 @pytest.mark.parametrize("eps", [0.5, 0.05])
@@ -231,7 +231,7 @@ def chain(
     pools = [FeatureSet(name, DEGREES[name], PHASES[name]) for name in ("caption", "text")]
     ids = [str(i) for i in range(len(target))]
     chosen = select_chain(FeatureSet("visual", ids, target), pools, select, chained=chained)
-    return scores, [{pool.ids[i] for i in rows} for pool, rows in zip(pools, chosen, strict=True)]
+    return scores, [{pool.ids[int(i)] for i in rows} for pool, rows in zip(pools, chosen, strict=True)]
 
 
 def test_check_12_chaining() -> None:

@@ -1,0 +1,1 @@
+"""What the job `select` is made of: its data and its methods."""
