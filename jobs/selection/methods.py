@@ -136,7 +136,7 @@ def score_cosine(pool: FeatureSet, target: FeatureSet, loaded: LoadedSet, contex
     import ray
 
     check_placement(context.ray)
-    task = ray.remote(_cosine_part).options(**_resources(context.ray))
+    task: Any = ray.remote(_cosine_part).options(**_resources(context.ray))
     goal = ray.put(target.rows)
     edges = np.linspace(0, len(pool.ids), context.ray.min_workers + 1).astype(int)
     parts = [pool_part(pool.rows, *span) for span in itertools.pairwise(edges) if span[0] < span[1]]
@@ -232,9 +232,9 @@ def _shard_workers(
     import ray
 
     check_placement(section)
-    actor = ray.remote(ShardWorker).options(**_resources(section))
+    actor: Any = ray.remote(ShardWorker).options(**_resources(section))
     goal = ray.put(target)
-    workers = [
+    workers: list[Any] = [
         actor.remote(pool_part(pool, start, stop), goal, cost.kind, a[start:stop], b, options)
         for start, stop in shard_spans(*cost.shape, section.min_workers)
     ]

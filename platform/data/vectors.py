@@ -77,10 +77,12 @@ class _Store:
         self._vectors: np.ndarray | None = None
 
     def add(self, file: Path, batch: Any, rows: int) -> None:
-        import pyarrow.compute as pc
+        import pyarrow.compute
+
+        compute: Any = pyarrow.compute  # its functions are made at import, unseen by type checkers
 
         if self._order is not None:
-            batch = batch.filter(pc.equal(batch.column("order"), self._order))
+            batch = batch.filter(compute.equal(batch.column("order"), self._order))
         if not batch.num_rows:
             return
         columns = {name: batch.column(name) for name in batch.schema.names}
@@ -88,7 +90,7 @@ class _Store:
             if column.null_count:
                 raise DataError(str(file), f"`{name}` is missing in {column.null_count} row(s)")
         ids = [str(value) for value in columns["id"].to_pylist()]
-        widths = np.asarray(pc.list_value_length(columns["h"]))
+        widths = np.asarray(compute.list_value_length(columns["h"]))
         width = int(widths[0]) if self._vectors is None else self._vectors.shape[1]
         if (widths != width).any():
             row = int(np.flatnonzero(widths != width)[0])
