@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import numpy as np
 import torch
@@ -232,9 +232,10 @@ def _shard_workers(
     import ray
 
     check_placement(section)
-    actor: Any = ray.remote(ShardWorker).options(**_resources(section))
+    # Ray's type of an actor does not know the `remote` of its methods.
+    actor = cast(Any, ray.remote(ShardWorker).options(**_resources(section)))
     goal = ray.put(target)
-    workers: list[Any] = [
+    workers = [
         actor.remote(pool_part(pool, start, stop), goal, cost.kind, a[start:stop], b, options)
         for start, stop in shard_spans(*cost.shape, section.min_workers)
     ]

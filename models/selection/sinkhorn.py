@@ -122,15 +122,18 @@ class RowShard:
         self._kernel.clear()
         psi = torch.as_tensor(psi_M, dtype=torch.float64, device=self._cost.device)
         columns, reach = torch.zeros_like(psi), torch.full_like(psi, -math.inf)
+        shift = psi / self._eps + self._log_b
         for start, stop in self._spans:
-            cost_BM = self._cost.block(start, stop, self._dtype).double()
-            logits_BM = (psi - cost_BM).div_(self._eps).add_(self._log_b)
-            log_sum = logits_BM.logsumexp(dim=1, keepdim=True)
-            shares_BM = logits_BM.sub_(log_sum).exp_()
-            columns += shares_BM.T @ self._a[start:stop]
-            self._phi[start:stop] = -self._eps * log_sum[:, 0]
+            cost_BM = self._cost.block(start, stop, self._dtype)
             self._nearest[start:stop] = cost_BM.argmin(dim=1)
-            self._plan_cost[start:stop] = (shares_BM * cost_BM).sum(dim=1)
+            cost_BM = cost_BM.double()
+            logits_BM = torch.add(shift, cost_BM, alpha=-1 / self._eps)
+            highest = logits_BM.amax(dim=1, keepdim=True)
+            shares_BM = logits_BM.sub_(highest).exp_()
+            total = shares_BM.sum(dim=1)
+            columns += shares_BM.T @ (self._a[start:stop] / total)
+            self._phi[start:stop] = -self._eps * (highest[:, 0] + total.log())
+            self._plan_cost[start:stop] = shares_BM.mul_(cost_BM).sum(dim=1) / total
             if self._cost.largest > 500 * self._eps:
                 reached = (self._phi[start:stop, None] - cost_BM).amax(dim=0) / self._eps
                 torch.maximum(reach, reached, out=reach)
