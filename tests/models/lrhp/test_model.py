@@ -120,7 +120,7 @@ def test_long_pairs_lose_the_ends_of_answers_then_the_start_of_the_prompt(tokeni
     "text", ["{first} {prompt} {second}", "[U] {prompt}{first} [B] {second}", "no fields"]
 )
 def test_templates_that_cannot_be_told_apart_are_refused(text: str) -> None:
-    with pytest.raises(ValueError, match="it must hold {prompt}, {first} and {second}"):
+    with pytest.raises(ValueError, match=r"it must hold \{prompt\}, \{first\} and \{second\}"):
         PairTemplate(text)
 
 
@@ -156,7 +156,7 @@ def test_check_3_padding_side_and_batch_size_do_not_matter(folder: Path, tokeniz
 def test_check_3_rows_without_exactly_one_token_are_refused() -> None:
     assert preference_index(torch.tensor([[9, 1, 0, 0], [0, 0, 2, 9]]), 9).tolist() == [0, 3]
     for row in ([1, 2, 3, 4], [9, 2, 9, 4]):
-        with pytest.raises(ValueError, match="Row 1 of the batch holds . tokens"):
+        with pytest.raises(ValueError, match=r"Row 1 of the batch holds . tokens"):
             preference_index(torch.tensor([[1, 9, 3, 4], row]), 9)
 
 
