@@ -1,4 +1,4 @@
-"""The jobs of LRHP run as shipped: train, encode, stop and go on, evaluate, margins, a reward model's data; real Ray."""
+"""The jobs of LRHP run as shipped: train, encode, stop and go on, evaluate, margins, a reward model's data; with and without Ray."""
 
 from __future__ import annotations
 
@@ -8,13 +8,18 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from builders import tiny_model, tiny_tokenizer
 
 from eagleray.jobs.gram import discriminative
 from eagleray.jobs.lrhp import encode, evaluate, margin, train
-from eagleray.models.lrhp.checkpoint import model_hash
+from eagleray.models.lrhp.checkpoint import PairSettings, model_hash, save_tokenizer_and_settings
 from eagleray.models.lrhp.margins import MarginPredictor
+from eagleray.models.lrhp.model import PairModel
+from eagleray.models.lrhp.prompts import add_preference_token
 from eagleray.models.lrhp.representer import Representer
 from eagleray.models.lrhp.store import RepresentationStore, StoreError
+from eagleray.models.lrhp.synthetic import make_typed_pairs
 from eagleray.platform.config import load_config
 from eagleray.platform.runs import RunFolder
 
@@ -25,35 +30,70 @@ def _run(module: Any, name: str, *overrides: str) -> Any:
     return module.main(load_config(module.Config, CONFIGS / f"{name}_tiny.yaml", overrides))
 
 
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A pair encoder with a random head, as a training run leaves it."""
+    folder = tmp_path_factory.mktemp("model")
+    tokenizer = tiny_tokenizer()
+    pair_model = PairModel(tiny_model().model, token_id=add_preference_token(tokenizer))  # type: ignore[operator]
+    torch.manual_seed(0)
+    torch.nn.init.normal_(pair_model.head.weight, std=0.2)
+    pair_model.start_row(len(tokenizer) - 1)
+    pair_model.save_pretrained(folder)
+    save_tokenizer_and_settings(tokenizer, PairSettings(pair_model.token_id, max_length=256), folder)
+    return folder
+
+
+@pytest.fixture
+def in_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Batch inference without Ray: the same workers' code, called here."""
+
+    def stream(build: Any, arguments: Any, rows: Any, section: Any, *, batch_size: int = 7) -> Any:
+        return enumerate(build(**arguments)(rows))
+
+    def whole(build: Any, arguments: Any, rows: Any, section: Any) -> Any:
+        return build(**arguments)(rows)
+
+    monkeypatch.setattr(encode, "stream_with_model", stream)
+    monkeypatch.setattr(evaluate, "map_with_model", whole)
+
+
 @pytest.mark.ray
 @pytest.mark.usefixtures("ray_cluster")
-def test_train_encode_evaluate_margin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """All jobs, one after the other, on what the one before left behind."""
+def test_train_and_encode_on_ray(tmp_path: Path) -> None:
+    """The tiny configs as shipped: LoRA through Ray Train, then its representations through Ray Data."""
     quick = ["train.max_steps=4", "train.eval_every=2", "data.train.synthetic.pairs=40"]
     trained = _run(train, "train", *quick, "lora={rank: 2}", f"run.dir={tmp_path / 'train'}")
     assert {"accuracy", "consistency", "ece", "accuracy_chosen_first"} <= trained.summary.keys()
     model = trained.path / "model"
     assert (model / "adapter_model.safetensors").is_file() and (model / "lrhp.json").is_file()
+    to_store = [f"model.path={model}", f"store={tmp_path / 'store'}", "data.made.synthetic.pairs=50"]
+    report = _run(encode, "encode", *to_store, f"run.dir={tmp_path / 'e'}")
+    assert (report["pairs"], report["encoded"]) == (50, 50)
+    _check_store(tmp_path / "store", model)
 
-    store_dir = tmp_path / "store"
-    to_store = [f"model.path={model}", f"store={store_dir}", "data.made.synthetic.pairs=50"]
+
+@pytest.mark.usefixtures("in_process")
+def test_encoding_stops_goes_on_and_is_idempotent(
+    tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    to_store = [f"model.path={model}", f"store={tmp_path / 'store'}", "data.made.synthetic.pairs=50"]
     _stopped_after_two_shards(monkeypatch, [*to_store, f"run.dir={tmp_path / 'e1'}"])
-    report = _run(encode, "encode", *to_store, f"run.dir={tmp_path / 'e2'}")
-    assert (report["pairs"], report["encoded"]) == (50, 18)
-    _check_store(store_dir, model)
+    report = _run(encode, "encode", *to_store, "shard_rows=16", f"run.dir={tmp_path / 'e2'}")
+    assert (report["pairs"], report["encoded"], report["shards"]) == (50, 18, 4)
+    _check_store(tmp_path / "store", model)
     again = _run(encode, "encode", *to_store, f"run.dir={tmp_path / 'e3'}")
-    assert again["encoded"] == 0 and RepresentationStore(store_dir).read().ids == _check_store(
-        store_dir, model
-    )
-
-    with pytest.raises(StoreError, match="have another text than the pair of their id"):
-        other = ["data.made.synthetic.split=x", "data.made.synthetic.pairs=50"]
-        monkeypatch.setattr("eagleray.jobs.lrhp.data.make_typed_pairs", _with_other_texts)
-        _run(encode, "encode", *to_store, *other, f"run.dir={tmp_path / 'e4'}")
-    monkeypatch.undo()
+    assert (again["encoded"], again["shards"]) == (0, 4)
+    _check_store(tmp_path / "store", model)
     with pytest.raises(StoreError, match="vectors of two models cannot be compared"):
-        _run(encode, "encode", *to_store, "model.dtype=bf16", f"run.dir={tmp_path / 'e5'}")
+        _run(encode, "encode", *to_store, "model.dtype=bf16", f"run.dir={tmp_path / 'e4'}")
+    monkeypatch.setattr("eagleray.jobs.lrhp.data.make_typed_pairs", _with_other_texts)
+    with pytest.raises(StoreError, match="50 pairs have another text than the pair of their id"):
+        _run(encode, "encode", *to_store, f"run.dir={tmp_path / 'e5'}")
 
+
+@pytest.mark.usefixtures("in_process")
+def test_evaluation_and_margins(tmp_path: Path, model: Path) -> None:
     made = ["data.made.synthetic.pairs=30", "bootstrap=100"]
     found = _run(evaluate, "evaluate", f"model.path={model}", *made, f"run.dir={tmp_path / 'ev'}")
     figures = found["sets"]["made"]
@@ -62,8 +102,12 @@ def test_train_encode_evaluate_margin(tmp_path: Path, monkeypatch: pytest.Monkey
     assert found["vectors"]["tag"]["probe"]["majority"] == 0.5
     plots = {path.name for path in (tmp_path / "ev" / "plots").iterdir()}
     assert {"map_source.png", "map_tag.png", "made_reliability.png"} <= plots
-
-    _check_margins(tmp_path, store_dir, model)
+    stores = {}
+    for name, more in {"store": [], "untrained": ["model.untrained=true"]}.items():
+        stores[name] = tmp_path / name
+        to_store = [f"model.path={model}", f"store={stores[name]}", "data.made.synthetic.pairs=50"]
+        _run(encode, "encode", *to_store, *more, f"run.dir={tmp_path / f'{name}_run'}")
+    _check_margins(tmp_path, stores["store"], stores["untrained"])
 
 
 def _stopped_after_two_shards(monkeypatch: pytest.MonkeyPatch, overrides: list[str]) -> None:
@@ -104,15 +148,21 @@ _MADE = {"synthetic": {"pairs": 50, "split": "rated"}}
 
 
 def _with_other_texts(pairs: int, seed: int, *, split: str) -> list[dict[str, Any]]:
-    from eagleray.models.lrhp.synthetic import make_typed_pairs
-
-    return [row | {"chosen": "another text"} for row in make_typed_pairs(pairs, seed, split="rated")]
+    return [row | {"chosen": "another text"} for row in make_typed_pairs(pairs, seed, split=split)]
 
 
-def _check_margins(tmp_path: Path, store_dir: Path, model: Path) -> None:
+def _check_margins(tmp_path: Path, store_dir: Path, untrained: Path) -> None:
     rated = ["data.synthetic.pairs=50", "test_fraction=0.3", "budgets=[20]", "bootstrap=100"]
+    rated += [f"stores={{untrained: {untrained}}}", "mlp.epochs=5"]
     report = _run(margin, "margin", f"store={store_dir}", *rated, f"run.dir={tmp_path / 'm'}")
-    assert list(report["predictors"]) == ["ridge", "mlp", "constant", "length difference", "tf-idf"]
+    assert list(report["predictors"]) == [
+        "ridge",
+        "mlp",
+        "constant",
+        "length difference",
+        "tf-idf",
+        "untrained",
+    ]
     for figures in report["predictors"].values():
         for figure in figures.values():
             assert figure["low"] <= figure["value"] <= figure["high"]
