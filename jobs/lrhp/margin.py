@@ -64,6 +64,13 @@ class MlpSection(Section):
     """Learning rate of Adam."""
 
 
+class StoreSection(Section):
+    """A store of representations."""
+
+    path: str
+    """Its folder; it must hold every rated pair."""
+
+
 class Config(JobConfig):
     """Config of `lrhp.margin`."""
 
@@ -88,7 +95,7 @@ class Config(JobConfig):
     mlp: MlpSection = MlpSection()
     reward_model: str | None = None
     """Discriminative reward model for the baseline |r_w − r_l|."""
-    stores: dict[str, str] = Field(default={})
+    stores: dict[str, StoreSection] = Field(default={})
     """Further stores as baselines by name: of an untrained backbone, or of any sentence encoder in this format."""
     predict: PairSet | None = None
     """Pairs to write margins for, rated or not; default: those of `data` and `test`."""
@@ -203,7 +210,7 @@ def _baselines(cfg: Config, train: RatedPairs, test: RatedPairs) -> dict[str, np
         train.pairs,
         test.pairs,
         reward_model=cfg.reward_model,
-        stores=cfg.stores,
+        stores={name: section.path for name, section in cfg.stores.items()},
         order=cfg.order,
         ray=cfg.ray,
     )

@@ -165,25 +165,16 @@ class RepresentationStore:
         self._write_index([*self._index["files"], self._write_shard(table.sort_by(_SORT))])
 
     def tidy(self, *, shard_rows: int) -> None:
-        """Put the rows of all shards in the order of their ids, if they are not; memory holds a shard's rows."""
-        if self._is_sorted():
-            return
-        keys = [
-            (name, order, number, row)
-            for number, file in enumerate(self.files)
-            for row, (name, order) in enumerate(_keys(file))
-        ]
-        keys.sort()
-        old, new = self.files, []
-        for start in range(0, len(keys), shard_rows):
-            wanted: dict[int, list[int]] = {}
-            for _, _, number, row in keys[start : start + shard_rows]:
-                wanted.setdefault(number, []).append(row)
-            parts = [pq.read_table(old[number]).take(rows) for number, rows in wanted.items()]
-            new.append(self._write_shard(pa.concat_tables(parts).sort_by(_SORT), taken=len(old) + len(new)))
-        self._write_index(new)
-        for file in old:
-            file.unlink()
+        """Put the rows of all shards in the order of their ids, if they are not; memory holds a shard's rows.
+
+        Shards that the index does not name, left behind by a writer that was killed, are removed.
+        """
+        if not self._is_sorted():
+            self._sort(shard_rows)
+        named = set(self.files)
+        for file in self.folder.glob("part-*.parquet"):
+            if file not in named:
+                file.unlink()
 
     def read(self, order: Order | None = None) -> Representations:
         """All rows in one order, in memory.
@@ -225,6 +216,22 @@ class RepresentationStore:
             order=chosen,
             model_hash=self.model_hash,
         )
+
+    def _sort(self, shard_rows: int) -> None:
+        keys = [
+            (name, order, number, row)
+            for number, file in enumerate(self.files)
+            for row, (name, order) in enumerate(_keys(file))
+        ]
+        keys.sort()
+        old, new = self.files, []
+        for start in range(0, len(keys), shard_rows):
+            wanted: dict[int, list[int]] = {}
+            for _, _, number, row in keys[start : start + shard_rows]:
+                wanted.setdefault(number, []).append(row)
+            parts = [pq.read_table(old[number]).take(rows) for number, rows in wanted.items()]
+            new.append(self._write_shard(pa.concat_tables(parts).sort_by(_SORT), taken=len(old) + len(new)))
+        self._write_index(new)
 
     def _is_sorted(self) -> bool:
         last = ("", "")

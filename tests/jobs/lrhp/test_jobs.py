@@ -153,7 +153,7 @@ def _with_other_texts(pairs: int, seed: int, *, split: str) -> list[dict[str, An
 
 def _check_margins(tmp_path: Path, store_dir: Path, untrained: Path) -> None:
     rated = ["data.synthetic.pairs=50", "test_fraction=0.3", "budgets=[20]", "bootstrap=100"]
-    rated += [f"stores={{untrained: {untrained}}}", "mlp.epochs=5"]
+    rated += [f"stores={{untrained: {{path: {untrained}}}}}", "mlp.epochs=5"]
     report = _run(margin, "margin", f"store={store_dir}", *rated, f"run.dir={tmp_path / 'm'}")
     assert list(report["predictors"]) == [
         "ridge",

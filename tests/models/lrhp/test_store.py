@@ -68,6 +68,9 @@ def test_a_shard_that_the_index_does_not_name_does_not_count(tmp_path: Path) -> 
     assert again.pair_hashes("canonical") == {"a": text_hash("a", "x", "y")}
     again.append([_row("b"), _row("c")])
     assert again.read().ids == ["a", "b", "c"]
+    assert len(list(tmp_path.glob("*.parquet"))) == 3
+    again.tidy(shard_rows=10)
+    assert sorted(tmp_path.glob("*.parquet")) == sorted(again.files) and len(again.files) == 2
 
 
 def test_several_orders_live_side_by_side(tmp_path: Path) -> None:
