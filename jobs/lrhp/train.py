@@ -22,7 +22,11 @@ from eagleray.jobs.backbone.start import StartConfig, prepare_start
 from eagleray.jobs.lrhp.data import TrainingPairs
 from eagleray.models.gram.batching import pad_right
 from eagleray.models.gram.prompts import shuffled_order
-from eagleray.models.lrhp.checkpoint import PairSettings, save_tokenizer_and_settings
+from eagleray.models.lrhp.checkpoint import (
+    PairSettings,
+    load_row_and_head,
+    save_tokenizer_and_settings,
+)
 from eagleray.models.lrhp.losses import order_loss, symmetry_penalty
 from eagleray.models.lrhp.metrics import order_metrics
 from eagleray.models.lrhp.model import PairModel
@@ -119,8 +123,9 @@ class LrhpTask(Task):
             token_id=self.token_id,
             pool=self.cfg.pair.pool,
         )
-        with whole_parameters(embedding):
-            model.start_row(min(self.known_tokens, len(embedding.weight)))
+        if not load_row_and_head(model, self.start.path):  # there is one if an LRHP model is trained further
+            with whole_parameters(embedding):
+                model.start_row(min(self.known_tokens, len(embedding.weight)))
         return model
 
     def loss(self, model: nn.Module, tensors: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:

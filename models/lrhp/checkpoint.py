@@ -93,13 +93,19 @@ def load_pair_model(
             f"{path}: the tokenizer has <|PREFERENCE|> at {found}, but the model was trained with it at "
             f"{settings.token_id}. Restore the tokenizer that was saved with the model."
         )
-    head = _find(path, HEAD_FILE)
-    if head is None:
-        raise ValueError(f"{path}: {HEAD_FILE} is missing: the row of <|PREFERENCE|> and the head are in it.")
     backbone = load_language_model(path, dtype=dtype, auto_class=AutoModel)
     model = PairModel(backbone, token_id=settings.token_id, pool=settings.pool)
-    model.load_state_dict(load_file(head), strict=False)
+    if not load_row_and_head(model, path):
+        raise ValueError(f"{path}: {HEAD_FILE} is missing: the row of <|PREFERENCE|> and the head are in it.")
     return model.eval(), PreferenceEncoder(tokenizer, settings.template, max_length=settings.max_length)
+
+
+def load_row_and_head(model: PairModel, path: str | Path) -> bool:
+    """Take the row of the token and the head from a folder or hub name; false if it has none."""
+    file = _find(path, HEAD_FILE)
+    if file is not None:
+        model.load_state_dict(load_file(file), strict=False)
+    return file is not None
 
 
 def untrained_pair_model(

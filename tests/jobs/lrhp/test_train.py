@@ -73,6 +73,19 @@ def test_the_loss_is_the_sum_over_rows(prepared: Path) -> None:
     assert 0 <= further["accuracy"] <= 10
 
 
+def test_an_lrhp_model_is_trained_further_from_its_row_and_head(prepared: Path, tmp_path: Path) -> None:
+    task = _task(prepared)
+    model: Any = task.build_model()
+    assert not model.head.weight.any()
+    torch.nn.init.normal_(model.head.weight)
+    torch.nn.init.normal_(model.preference_row)
+    model.save_pretrained(tmp_path)
+    task.save_extras(tmp_path)
+    again: Any = _task(prepared, f"model.path={tmp_path}").build_model()
+    assert torch.equal(again.head.weight, model.head.weight)
+    assert torch.equal(again.preference_row, model.preference_row)
+
+
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
