@@ -49,7 +49,7 @@ def build_side(*, folder: str, size: Size, pairs: list[tuple[str, str, str]]) ->
     """One process with the model; called with `represent`, `forward` or `padding`."""
     import torch
 
-    from eagleray.models.gram.batching import pad_right, token_batches
+    from eagleray.models.gram.batching import pad_right
     from eagleray.models.lrhp.representer import Representer
 
     representer = Representer.from_pretrained(
@@ -59,7 +59,7 @@ def build_side(*, folder: str, size: Size, pairs: list[tuple[str, str, str]]) ->
     batches = []
     for group in groups:
         ids = [representer.encoder.encode(*pair).ids for pair in group]
-        for members in token_batches(list(map(len, ids)), max_tokens=size.max_batch_tokens):
+        for members in representer.batches(ids):
             batches.append(pad_right([ids[i] for i in members]))
     tokens = sum(int(mask_BT.sum()) for _, mask_BT in batches)
     known = len(representer.model.backbone.get_input_embeddings().weight)

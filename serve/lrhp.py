@@ -87,7 +87,8 @@ class LoadedModel:
     def compute(self, items: Sequence[Item]) -> list[Representation]:
         """Representations of pairs that may each want another order."""
         found: dict[int, Representation] = {}
-        for order in {order for _, order in items}:
+        orders: set[Order] = {order for _, order in items}
+        for order in orders:
             rows = [i for i, item in enumerate(items) if item[1] == order]
             results = self.representer.represent([items[i][0] for i in rows], order=order)
             found |= dict(zip(rows, results, strict=True))

@@ -98,7 +98,7 @@ class Config(StartConfig):
     data: TrainingPairs
     pair: PairSection = PairSection()
     loss: LossSection = LossSection()
-    optim: LrhpOptim = LrhpOptim()
+    optim: LrhpOptim = LrhpOptim()  # pyright: ignore[reportIncompatibleVariableOverride]  # frozen
 
 
 class LrhpTask(Task):

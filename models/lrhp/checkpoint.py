@@ -114,7 +114,7 @@ def untrained_pair_model(
     """A plain language model as a pair encoder, with the mean row and a head of zeros: the untrained baseline."""
     tokenizer = AutoTokenizer.from_pretrained(path)
     known = len(tokenizer)
-    backbone = load_language_model(path, dtype=dtype, auto_class=AutoModel)
+    backbone: Any = load_language_model(path, dtype=dtype, auto_class=AutoModel)
     model = PairModel(backbone, token_id=add_preference_token(tokenizer))
     model.start_row(min(known, len(backbone.get_input_embeddings().weight)))
     return model.eval(), PreferenceEncoder(tokenizer, max_length=max_length)

@@ -55,7 +55,7 @@ def linear_probe(
     splits = StratifiedKFold(folds, shuffle=True, random_state=seed)
     found_N = cross_val_predict(model, h_ND[kept], y_N, cv=splits)
     _, sizes = np.unique(y_N, return_counts=True)
-    return {"accuracy": float((found_N == y_N).mean()), "majority": float(sizes.max() / len(y_N))}
+    return {"accuracy": float(np.mean(found_N == y_N)), "majority": float(sizes.max() / len(y_N))}
 
 
 def silhouette(v_ND: np.ndarray, labels: Sequence[str], *, seed: int = 0) -> float | None:

@@ -61,7 +61,7 @@ class PairModel(nn.Module):
         """Set the token's embedding to the mean over the first `tokens` ids; the embedding must be whole (ZeRO-3)."""
         embed = self.backbone.get_input_embeddings()
         ids = torch.arange(tokens, device=embed.weight.device)
-        total_D = sum(embed(chunk).double().sum(0) for chunk in ids.split(_CHUNK))
+        total_D = torch.stack([embed(chunk).double().sum(0) for chunk in ids.split(_CHUNK)]).sum(0)
         self.preference_row.copy_(total_D / tokens)
 
     def forward(self, input_ids_BT: Tensor, attention_mask_BT: Tensor) -> tuple[Tensor, Tensor]:

@@ -23,6 +23,9 @@ Order = Literal["canonical", "both", "diff"]
 """`canonical`: h with the chosen answer first; `both`: the mean of the two orders; `diff`: h(w, l) − h(l, w)."""
 ORDERS: tuple[Order, ...] = ("canonical", "both", "diff")
 
+_LEAST_FILL = 0.85
+"""Padding of a batch is 15 % at most, and about half of that on average."""
+
 
 @dataclass(frozen=True)
 class Representation:
@@ -101,9 +104,14 @@ class Representer:
         device = self.model.head.weight.device
         h_ND = np.zeros((len(sequences), self.model.head.in_features), dtype=np.float32)
         u_N = np.zeros(len(sequences), dtype=np.float32)
-        for members in token_batches(list(map(len, sequences)), max_tokens=self.max_batch_tokens):
+        for members in self.batches(sequences):
             ids_BT, mask_BT = pad_right([sequences[i] for i in members])
             with torch.inference_mode():
                 h_BD, u_B = self.model(ids_BT.to(device), mask_BT.to(device))
             h_ND[members], u_N[members] = h_BD.float().cpu().numpy(), u_B.float().cpu().numpy()
         return h_ND, u_N
+
+    def batches(self, sequences: Sequence[Ids]) -> list[list[int]]:
+        """Which sequences go through the model together."""
+        lengths = list(map(len, sequences))
+        return list(token_batches(lengths, max_tokens=self.max_batch_tokens, least_fill=_LEAST_FILL))

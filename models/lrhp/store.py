@@ -196,7 +196,7 @@ class RepresentationStore:
         blocks: list[np.ndarray] = []
         for file in self.files:
             table = pq.read_table(file)
-            table = table.filter(pc.equal(table["order"], chosen))
+            table = table.filter(pc.field("order") == chosen)
             for name in _READ:
                 columns[name] += table[name].to_pylist()
             # Shard by shard: one Arrow list holds 2^31 numbers at most.

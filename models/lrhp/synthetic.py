@@ -35,7 +35,7 @@ _REQUESTS = (
     "What helps with the {}?",
     "Is the {} useful?",
 )
-_SENTENCES = (
+_SENTENCES: tuple[str, ...] = (
     "Keep it dry and clean.",
     "Use a soft cloth.",
     "Look at it once a week.",

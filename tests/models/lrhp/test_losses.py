@@ -115,7 +115,9 @@ def test_check_14_shapes_are_guarded(name: str) -> None:
         bradley_terry_loss(chosen_B, rejected_B[:, None])
     whole = bradley_terry_loss(chosen_B, rejected_B, **options)
     single = [
-        bradley_terry_loss(chosen_B[i : i + 1], rejected_B[i : i + 1], **{name: margin_B[i : i + 1]})
+        bradley_terry_loss(
+            chosen_B[i : i + 1], rejected_B[i : i + 1], **{**options, name: margin_B[i : i + 1]}
+        )
         for i in range(4)
     ]
     torch.testing.assert_close(whole, torch.stack(single).mean())

@@ -286,5 +286,8 @@ def test_orders_and_batches(folder: Path, tokenizer: Any) -> None:
     one_by_one = Representer(model, encoder, max_batch_tokens=1).represent(PAIRS)
     for one, other in zip(one_by_one, canonical, strict=True):
         np.testing.assert_allclose(one.h_D, other.h_D, atol=1e-5)
+    lengths = [10, 9, 5, 50, 49, 44, 100]
+    batches = representer.batches([[0] * n for n in lengths])
+    assert [[lengths[i] for i in members] for members in batches] == [[100], [50, 49, 44], [10, 9], [5]]
     [comparison] = representer.compare(PAIRS[:1])
     assert comparison.delta1 == pytest.approx(u_N2[0, 0], abs=1e-4)
