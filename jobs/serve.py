@@ -33,14 +33,21 @@ from eagleray.platform.serving import (
     serve_yaml,
 )
 
-APPLICATIONS = {"gram": "eagleray.serve.gram", "lisa": "eagleray.serve.lisa", "nast": "eagleray.serve.nast"}
+APPLICATIONS = {
+    "gram": "eagleray.serve.gram",
+    "lisa": "eagleray.serve.lisa",
+    "lrhp": "eagleray.serve.lrhp",
+    "nast": "eagleray.serve.nast",
+}
 """Kind of model -> module with the application's `build_app` and its argument, the config class `Args`."""
 
 _PAIR = '{"prompt": "Name a river in Peru.", "a": "The Ucayali.", "b": "Probably the Nile."}'
 _CHAT = '{"model": "model", "messages": [{"role": "user", "content": "Name a river in Peru."}]}'
+_LABELLED = '{"prompt": "Name a river in Peru.", "chosen": "The Ucayali.", "rejected": "Probably the Nile."}'
 _EXAMPLES = {
     "gram": f"/compare -H 'content-type: application/json' -d {shlex.quote(_PAIR)}",
     "lisa": f"/v1/chat/completions -H 'content-type: application/json' -d {shlex.quote(_CHAT)}",
+    "lrhp": f"/represent -H 'content-type: application/json' -d {shlex.quote(_LABELLED)}",
     "nast": "/translate --data-binary @recording.wav",
 }
 """Kind of model -> the rest of a `curl` command that tries it."""

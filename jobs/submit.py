@@ -29,7 +29,7 @@ CONFIG_FILE = "submitted.yaml"
 
 ENTRYPOINT = f"python -m eagleray.jobs.cli train {CONFIG_FILE}"
 
-_KEYS_OF_PATHS = ("path", "paths", "pairs")
+_KEYS_OF_PATHS = ("path", "paths", "pairs", "store", "reward_model")
 
 
 @dataclass(frozen=True)

@@ -49,6 +49,7 @@ SPACES = {
     "label_smoothing": "eagleray.tune_spaces.label_smoothing",
     "optim": "eagleray.tune_spaces.optim",
     "lisa_rank": "eagleray.tune_spaces.lisa_rank",
+    "margin_scale": "eagleray.tune_spaces.margin_scale",
     "nast": "eagleray.tune_spaces.nast",
 }
 """Space name -> module with `space(search)` and, unless the job's own metric selects, `METRIC`, `MODE`, `CURVES`."""

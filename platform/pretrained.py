@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -91,6 +92,19 @@ def export_model(model: Any, path: Path, *, save_extras: Callable[[Path], None])
         os.rename(partial, path)
         shutil.rmtree(old, ignore_errors=True)
     dist.barrier()
+
+
+@contextmanager
+def whole_parameters(module: nn.Module) -> Iterator[None]:
+    """Inside, the module's parameters are whole on every worker, to be read; a collective call under ZeRO-3."""
+    partitioned = [p for p in module.parameters() if hasattr(p, "ds_id")]
+    if not partitioned:
+        yield
+        return
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters(partitioned):
+        yield
 
 
 def gather_state(model: nn.Module) -> dict[str, Tensor] | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -24,7 +24,20 @@ def map_with_model(
     *,
     batch_size: int = 128,
 ) -> list[Row]:
-    """Results of all rows, in their order, computed by `section.min_workers` workers.
+    """Results of all rows, in their order; arguments and errors are those of `stream_with_model`."""
+    found = dict(stream_with_model(build, arguments, rows, section, batch_size=batch_size))
+    return [found[index] for index in range(len(rows))]
+
+
+def stream_with_model(
+    build: Callable[..., Score],
+    arguments: dict[str, Any],
+    rows: Sequence[Row],
+    section: RaySection,
+    *,
+    batch_size: int = 128,
+) -> Iterator[tuple[int, Row]]:
+    """Results with the number of their row, as `section.min_workers` workers compute them, in any order.
 
     Args:
         build: Makes the function that turns a batch of rows into as many results; called once in each worker,
@@ -40,7 +53,7 @@ def map_with_model(
     import ray.data
 
     if not rows:
-        return []
+        return
     with connected(section):
         check_placement(section)
         # Its plan and its hints on idle resources are of no use here; warnings and the bar are.
@@ -56,8 +69,8 @@ def map_with_model(
             num_cpus=section.cpus_per_worker,
             num_gpus=1 if wants_gpu(section) else 0,
         )
-        found = {row.pop("_index"): row for row in scored.iter_rows()}
-    return [found[index] for index in range(len(rows))]
+        for row in scored.iter_rows():
+            yield row.pop("_index"), row
 
 
 class _Worker:

@@ -33,7 +33,6 @@ from eagleray.models.gram.discriminative import SETTINGS_FILE as REWARD_SETTINGS
 from eagleray.models.gram.discriminative import DiscriminativeScorer
 from eagleray.models.gram.judge import Comparison, Judge, Pair
 from eagleray.models.gram.ranking import Compare, Ranking, rank
-from eagleray.platform.data.layouts import readable
 from eagleray.platform.serving import ServedModel, model_folder, model_revision
 from eagleray.serve.batching import Batcher, BatcherClosed
 from eagleray.serve.http_app import ERROR_RESPONSES, invalid, new_app
@@ -41,12 +40,12 @@ from eagleray.serve.protocol import (
     CompareRequest,
     CompareResponse,
     HealthResponse,
-    Prompt,
     RankMethod,
     RankRequest,
     RankResponse,
     RewardRequest,
     RewardResponse,
+    prompt_text,
 )
 
 MAX_ONGOING_REQUESTS = 256
@@ -116,7 +115,7 @@ class GramService:
 
     async def compare(self, request: CompareRequest) -> CompareResponse:
         """Judge one pair."""
-        result = await self._judge_one((_text(request.prompt), request.a, request.b))
+        result = await self._judge_one((prompt_text(request.prompt), request.a, request.b))
         return CompareResponse(
             p_a=result.p_a,
             p_b=result.p_b,
@@ -129,7 +128,7 @@ class GramService:
 
     async def reward(self, request: RewardRequest) -> RewardResponse:
         """Judge a response against its reference."""
-        result = await self._judge_one((_text(request.prompt), request.response, request.reference))
+        result = await self._judge_one((prompt_text(request.prompt), request.response, request.reference))
         probability = torch.tensor(result.p_a, dtype=torch.float64)
         return RewardResponse(
             probability=result.p_a,
@@ -156,7 +155,7 @@ class GramService:
             raise invalid("reference", given)
 
         def work(compare: Compare) -> Ranking:
-            return rank(compare, _text(request.prompt), responses, method=method, reference=reference)
+            return rank(compare, prompt_text(request.prompt), responses, method=method, reference=reference)
 
         with self.batcher.admit(comparisons_needed(method, len(responses))):
             ranking = await self._run_in_rounds(work)
@@ -332,10 +331,3 @@ def _scorer_costs(scorer: DiscriminativeScorer, pairs: Sequence[Pair]) -> list[i
         costs.append(max(1, sum(len(scorer.encoder.encode(*conversation)) for conversation in new)))
         seen |= new
     return costs
-
-
-def _text(prompt: Prompt) -> str:
-    # As the data readers do it, so that a conversation scores online as it does offline.
-    if isinstance(prompt, str):
-        return prompt
-    return readable([{"role": message.role, "content": message.content} for message in prompt])

@@ -10,6 +10,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, Field, Tag
 
+from eagleray.platform.data.layouts import readable
+
 
 class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
@@ -45,6 +47,14 @@ Prompt = Annotated[
     Annotated[Text, Tag("(text)")] | Annotated[list[Message], Field(min_length=1), Tag("(messages)")],
     Discriminator(_prompt_kind),
 ]
+
+
+def prompt_text(prompt: str | list[Message]) -> str:
+    """A prompt as one text, as the data readers make it, so that it counts online as it does offline."""
+    if isinstance(prompt, str):
+        return prompt
+    return readable([{"role": message.role, "content": message.content} for message in prompt])
+
 
 RankMethod = Literal["reference", "linear", "bracket", "round_robin"]
 
@@ -196,6 +206,69 @@ class HealthResponse(_FromModel):
     status: Literal["ready"] = "ready"
     pending_comparisons: int = Field(ge=0)
     """Comparisons admitted by this replica and not finished."""
+
+
+RepresentOrder = Literal["canonical", "both", "diff"]
+
+_PAIR_EXAMPLE = {
+    "prompt": "Name a river in Peru.",
+    "chosen": "The Ucayali.",
+    "rejected": "Probably the Nile.",
+}
+
+
+class MarginRequest(_Strict):
+    """A preference pair."""
+
+    model_config = _example(_PAIR_EXAMPLE)
+
+    prompt: Prompt
+    """What was asked: a text, or the messages of a conversation."""
+    chosen: Text
+    """The better answer."""
+    rejected: Text
+    """The worse answer."""
+
+
+class RepresentRequest(MarginRequest):
+    """A preference pair, and how it is to be read."""
+
+    model_config = _example(_PAIR_EXAMPLE | {"order": "canonical"})
+
+    order: RepresentOrder = "canonical"
+    """`canonical`: the chosen answer first; `both`: the mean over the two orders; `diff`: their difference."""
+
+
+class RepresentResponse(_FromModel):
+    """The representation of a pair."""
+
+    h: list[float]
+    """The hidden state at the pair's special token, not normalised."""
+    u: float
+    """Logit that the chosen answer is better; antisymmetric over both orders for `both` and `diff`."""
+    p: float = Field(ge=0, le=1)
+    """Probability that the chosen answer is better."""
+    truncated: bool
+    """Whether the texts were too long and have been cut."""
+
+
+class MarginResponse(_FromModel):
+    """How much better the chosen answer is."""
+
+    margin: float = Field(ge=0, le=1)
+    """Predicted margin as a share of the largest there can be."""
+    truncated: bool
+    """Whether the texts were too long and have been cut."""
+
+
+class PairHealthResponse(_FromModel):
+    """The model is loaded and takes requests."""
+
+    status: Literal["ready"] = "ready"
+    pending_pairs: int = Field(ge=0)
+    """Pairs admitted by this replica and not finished."""
+    margins: bool
+    """Whether `/margin` is served."""
 
 
 class Problem(_Strict):

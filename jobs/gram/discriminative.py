@@ -7,13 +7,15 @@ Same loop, same data and same evaluation as GRAM, so that the two differ in the 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification
 
@@ -29,7 +31,9 @@ from eagleray.models.gram.discriminative import (
 from eagleray.models.gram.metrics import expected_calibration_error
 from eagleray.platform.config import Config as Section
 from eagleray.platform.data.examples import write_examples
+from eagleray.platform.data.margins import read_margins
 from eagleray.platform.data.preferences import Preference
+from eagleray.platform.data.sources import SourceConfig, file_hashes
 from eagleray.platform.launch import TrainedRun, train
 from eagleray.platform.pretrained import add_lora, load_pretrained, load_tokenizer
 from eagleray.platform.runs import RunFolder
@@ -37,13 +41,19 @@ from eagleray.platform.sections import OptimSection
 from eagleray.platform.task import Batch, Task
 
 JOB = "gram.discriminative"
+logger = logging.getLogger(__name__)
 
 
 class LossSection(Section):
     """Bradley-Terry loss and its variants (spec section 8)."""
 
     use_margin: bool = False
-    """Ask for a difference of at least the pair's margin, where the data has one."""
+    """Use the pair's margin, where the data has one; without one it is 0."""
+    margin_form: Literal["subtract", "scale"] = "subtract"
+    """`subtract`: ask for a difference of at least `margin_scale` times the margin; `scale`: weigh each pair by its
+    margin over the mean margin of the training pairs."""
+    margin_scale: float = Field(default=1.0, ge=0)
+    """Factor λ of the margin for `subtract`; 0 is the plain loss."""
     smoothing: float = Field(default=0.0, ge=0, lt=0.5)
     """Share of the label that goes to the other answer."""
     centring: float = Field(default=0.0, ge=0)
@@ -57,10 +67,19 @@ class Config(StartConfig):
 
     job: Literal["gram.discriminative"] = JOB
     data: PairData
+    margins: SourceConfig | None = None
+    """Rows with `id` and `margin`, e.g. `margins.jsonl` of `lrhp.margin`, in place of the margins in `data`; a pair
+    without one has margin 0. Needs `loss.use_margin`."""
     max_length: int = Field(default=2048, ge=16)
     """Longest prompt with its answer, in tokens."""
     loss: LossSection = LossSection()
     optim: OptimSection = OptimSection(lr=1e-5)
+
+    @model_validator(mode="after")
+    def _margins_are_used(self) -> Config:
+        if self.margins is not None and not self.loss.use_margin:
+            raise ValueError("`margins` is given, but `loss.use_margin` is false; set it to true")
+        return self
 
 
 class DiscriminativeTask(Task):
@@ -74,6 +93,12 @@ class DiscriminativeTask(Task):
         self.cfg = cfg
         self.start = cfg.start_model(data_dir)
         self.tokenizer = load_tokenizer(self.start)
+        self.mean_margin = float(self.train.column("margin").mean())
+        if cfg.loss.use_margin and cfg.loss.margin_form == "scale" and self.mean_margin <= 0:
+            raise ValueError(
+                f"The mean margin of the training pairs is {self.mean_margin:g}; `loss.margin_form: scale` divides by "
+                "it. Give pairs with margins, or use `subtract`."
+            )
 
     def build_model(self) -> nn.Module:
         model = load_pretrained(
@@ -87,10 +112,13 @@ class DiscriminativeTask(Task):
 
     def loss(self, model: nn.Module, tensors: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         loss, (chosen_B, rejected_B) = self.cfg.loss, self._rewards(model, tensors)
+        form = loss.margin_form if loss.use_margin else None
         total = bradley_terry_loss(
             chosen_B,
             rejected_B,
-            margin_B=tensors["margin"] if loss.use_margin else None,
+            margin_B=tensors["margin"] if form == "subtract" else None,
+            margin_scale=loss.margin_scale,
+            weight_B=tensors["margin"] / self.mean_margin if form == "scale" else None,
             smoothing=loss.smoothing,
             centring=loss.centring,
             positive_regulariser=loss.positive_regulariser,
@@ -144,9 +172,30 @@ def _prepare(cfg: Config, run: RunFolder) -> None:
     pairs = load_labelled(cfg.data, seed=cfg.train.seed)
     texts = (text for pair in pairs.train for text in (pair.prompt_text, pair.chosen, pair.rejected))
     encoder = RewardEncoder(load_tokenizer(prepare_start(cfg, run, texts)), max_length=cfg.max_length)
-    for name, chosen in (("train", pairs.train), ("eval", pairs.eval)):
+    hashes, train_pairs = dict(pairs.hashes), pairs.train
+    if cfg.margins is not None:
+        hashes |= file_hashes(cfg.margins)
+        train_pairs = with_margins(train_pairs, read_margins(cfg.margins))
+    for name, chosen in (("train", train_pairs), ("eval", pairs.eval)):
         write_examples(run.data / f"{name}.arrow", _rows(encoder, chosen))
-    run.update_manifest(data_hashes=pairs.hashes, data=pairs.counts)
+    run.update_manifest(data_hashes=hashes, data=pairs.counts)
+
+
+def with_margins(pairs: Sequence[Preference], margins: Mapping[str, float]) -> list[Preference]:
+    """The pairs with their margins by id; 0 for those without one, of which the number is logged.
+
+    Raises:
+        ValueError: No pair has one: the ids are those of other data.
+    """
+    found = sum(pair.id in margins for pair in pairs)
+    if not found:
+        shown = ", ".join(pair.id for pair in pairs[:3])
+        raise ValueError(
+            f"None of the {len(margins)} margins is for a training pair (these are {shown}, ...)."
+        )
+    if found < len(pairs):
+        logger.warning("%d of %d training pairs have no margin; theirs is 0.", len(pairs) - found, len(pairs))
+    return [replace(pair, margin=margins.get(pair.id, 0.0)) for pair in pairs]
 
 
 def _rows(encoder: RewardEncoder, preferences: Sequence[Preference]) -> Iterator[dict[str, Any]]:

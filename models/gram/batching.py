@@ -28,17 +28,22 @@ def pad_right(sequences: Sequence[Ids], *, pad_id: int = 0) -> tuple[Tensor, Ten
     return ids_BT, mask_BT
 
 
-def token_batches(lengths: Sequence[int], *, max_tokens: int, overhead: int = 0) -> Iterator[list[int]]:
+def token_batches(
+    lengths: Sequence[int], *, max_tokens: int, overhead: int = 0, least_fill: float = 0.0
+) -> Iterator[list[int]]:
     """Indices in batches of like length, longest first, of at most `max_tokens` with padding.
 
     Args:
         lengths: Tokens of each sequence.
         max_tokens: Budget of a batch; a longer sequence gets a batch of its own.
         overhead: Tokens that each row costs besides its own, for example a cached prefix.
+        least_fill: Share of the longest sequence of a batch that the shortest one has at least; what is left of it is
+            the most padding there can be.
     """
     batch: list[int] = []
     for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        if batch and (len(batch) + 1) * (lengths[batch[0]] + overhead) > max_tokens:
+        too_many = batch and (len(batch) + 1) * (lengths[batch[0]] + overhead) > max_tokens
+        if too_many or (batch and lengths[index] < least_fill * lengths[batch[0]]):
             yield batch
             batch = []
         batch.append(index)

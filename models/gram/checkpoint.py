@@ -75,7 +75,11 @@ class JudgeSettings:
 
 
 def load_language_model(
-    path: str | Path, *, dtype: torch.dtype | None = None, revision: str | None = None
+    path: str | Path,
+    *,
+    dtype: torch.dtype | None = None,
+    revision: str | None = None,
+    auto_class: Any = AutoModelForCausalLM,
 ) -> PreTrainedModel:
     """A causal language model, or a peft adapter merged into its base model; from safetensors files only.
 
@@ -83,6 +87,7 @@ def load_language_model(
         path: Folder or hub name.
         dtype: Default: as saved.
         revision: Hub revision of `path`.
+        auto_class: Class of transformers that loads it, e.g. `AutoModel` for a model without its head.
     """
     options: dict[str, Any] = {"dtype": "auto" if dtype is None else dtype, "use_safetensors": True}
     if _find(path, "reward_model.json", revision) is not None:
@@ -91,11 +96,11 @@ def load_language_model(
             f"{path} holds a reward model with a scalar head, no judge; use it as `discriminative`."
         )
     if _find(path, "adapter_config.json", revision) is None:
-        return AutoModelForCausalLM.from_pretrained(path, revision=revision, **options)
+        return auto_class.from_pretrained(path, revision=revision, **options)
     if _find(path, "adapter_model.safetensors", revision) is None:
         raise ValueError(f"{path}: the adapter has no adapter_model.safetensors; save it with safetensors.")
     config = PeftConfig.from_pretrained(str(path), revision=revision)
-    base = AutoModelForCausalLM.from_pretrained(
+    base = auto_class.from_pretrained(
         str(config.base_model_name_or_path), revision=config.revision, **options
     )
     return PeftModel.from_pretrained(base, str(path), revision=revision).merge_and_unload()

@@ -34,31 +34,46 @@ def bradley_terry_loss(
     rejected_B: Tensor,
     *,
     margin_B: Tensor | None = None,
+    margin_scale: float = 1.0,
+    weight_B: Tensor | None = None,
     smoothing: float = 0.0,
     positive_regulariser: float = 0.0,
     centring: float = 0.0,
     reduction: Literal["mean", "sum"] = "mean",
 ) -> Tensor:
-    """−log σ(d − m) with d = r_w − r_l, in float32 or better; the options of spec section 8 can be combined.
+    """−log σ(d − λ m) with d = r_w − r_l, in float32 or better; the options of spec section 8 can be combined.
 
     Args:
         chosen_B: Rewards r_w of the chosen answers.
         rejected_B: Rewards r_l of the rejected answers.
         margin_B: m, how much better the chosen answer should be.
+        margin_scale: λ; 0 gives the loss without margins, bit for bit.
+        weight_B: Factor of each pair's −log σ, e.g. its margin over the mean margin.
         smoothing: ε in (1 − ε) softplus(−d) + ε softplus(d).
         positive_regulariser: λ of −λ log σ(r_w).
         centring: λ of λ (r_w + r_l)².
         reduction: A training loop that accumulates takes `sum`.
 
+    Raises:
+        ValueError: The shapes differ; broadcasting would turn B pairs into B x B without a word.
+
     >>> round(bradley_terry_loss(torch.tensor([1.2]).double(), torch.tensor([0.4]).double()).item(), 6)
     0.371101
     """
+    for name, other in {"rejected_B": rejected_B, "margin_B": margin_B, "weight_B": weight_B}.items():
+        if other is not None and other.shape != chosen_B.shape:
+            raise ValueError(
+                f"`{name}` has the shape {tuple(other.shape)}, but the rewards of the chosen answers have "
+                f"{tuple(chosen_B.shape)}; give one value a pair, in the same shape."
+            )
     dtype = torch.promote_types(chosen_B.dtype, torch.float32)
     chosen_B, rejected_B = chosen_B.to(dtype), rejected_B.to(dtype)
     difference_B = chosen_B - rejected_B
     if margin_B is not None:
-        difference_B = difference_B - margin_B.to(dtype)
+        difference_B = difference_B - margin_scale * margin_B.to(dtype)
     loss_B = -F.logsigmoid(difference_B) + smoothing * difference_B
+    if weight_B is not None:
+        loss_B = weight_B.to(dtype) * loss_B
     if centring:
         loss_B = loss_B + centring * (chosen_B + rejected_B).square()
     if positive_regulariser:

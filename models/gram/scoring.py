@@ -54,7 +54,7 @@ def label_logits(
     """
     mask_BT = attention_mask_BT.long()
     last_B1 = (mask_BT * torch.arange(mask_BT.shape[1], device=mask_BT.device)).argmax(1, keepdim=True)
-    inputs = _position_arguments(mask_BT)
+    inputs = position_arguments(mask_BT)
     return _last_logits(
         model, label_ids, label_space, input_ids=input_ids_BT, logits_to_keep=last_B1, **inputs
     )
@@ -129,7 +129,7 @@ def unwrapped(model: nn.Module) -> nn.Module:
     return getattr(model, "module", model)
 
 
-def _position_arguments(attention_mask_BT: Tensor) -> dict[str, Any]:
+def position_arguments(attention_mask_BT: Tensor) -> dict[str, Any]:
     """Mask and positions as the model needs them.
 
     Padding on the right needs neither: causal attention hides it and positions count from zero anyway.

@@ -134,6 +134,10 @@ class ChatFrame:
         """Everything up to the first token of the assistant's answer."""
         return [*self.prefix_ids, *self.plain.encode(self._lead + text + self._trail), *self.suffix_ids]
 
+    def open_turn(self, text: str) -> list[int]:
+        """The user's turn without its end: what a token may follow that must see all of the text and nothing else."""
+        return [*self.prefix_ids, *self.plain.encode(self._lead + text)]
+
     def assistant_turn(self, text: str) -> list[int]:
         """The assistant's answer and its end-of-turn token."""
         return [*self.plain.encode(text + self._turn_trail), *self.end_ids]

@@ -34,7 +34,12 @@ from eagleray.platform.tracking import read_metrics
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY = ROOT / "configs/gram/finetune_tiny.yaml"
-TARGETS = {"label_smoothing": ["gram.finetune"], "lisa_rank": ["lisa.train"], "nast": ["nast.train"]}
+TARGETS = {
+    "label_smoothing": ["gram.finetune"],
+    "lisa_rank": ["lisa.train"],
+    "margin_scale": ["gram.discriminative"],
+    "nast": ["nast.train"],
+}
 """The jobs that a space is for, by which its keys are checked; default: all training jobs."""
 TRAINING = [
     name

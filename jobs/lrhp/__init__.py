@@ -1,0 +1,1 @@
+"""Jobs of LRHP: training of the pair encoder, encoding, evaluation, margin prediction."""
