@@ -29,6 +29,9 @@ JOBS = {
     "nast.translate": "eagleray.jobs.nast.translate",
     "nast.evaluate": "eagleray.jobs.nast.evaluate",
     "nast.distill": "eagleray.jobs.nast.distill",
+    "rovrm.train": "eagleray.jobs.rovrm.train",
+    "rovrm.evaluate": "eagleray.jobs.rovrm.evaluate",
+    "rovrm.progressive": "eagleray.jobs.rovrm.progressive",
     "sweep": "eagleray.jobs.sweep",
 }
 """Job name -> module."""

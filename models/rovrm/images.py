@@ -49,8 +49,8 @@ def decode_image(content: bytes, limits: ImageLimits = ImageLimits()) -> Image.I
     try:
         with Image.open(io.BytesIO(content), formats=FORMATS) as opened:
             _check_size(opened.size, limits)
-            if getattr(opened, "n_frames", 1) > 1:
-                raise ImageError("the picture is an animation", f"{opened.n_frames} frames; give one")
+            if (frames := getattr(opened, "n_frames", 1)) > 1:
+                raise ImageError("the picture is an animation", f"{frames} frames; give one")
             opened.load()
             return _in_rgb(opened)
     except UnidentifiedImageError:

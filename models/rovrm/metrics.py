@@ -86,7 +86,7 @@ def length_correlation(pairs: Sequence[RankedPair]) -> float | None:
         lengths_N.append(sign * (len(pair.better) - len(pair.worse)))
     if len(set(rewards_N)) < 2 or len(set(lengths_N)) < 2:
         return None
-    return float(spearmanr(rewards_N, lengths_N).statistic)
+    return float(spearmanr(rewards_N, lengths_N)[0])  # type: ignore[arg-type]
 
 
 def _accuracy_by(

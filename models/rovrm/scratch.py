@@ -9,8 +9,14 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from tokenizers import AddedToken
-from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaModel, PreTrainedTokenizerFast
+from transformers import (
+    AddedToken,
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaModel,
+    PreTrainedTokenizerFast,
+)
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from eagleray.models.rovrm.model import VisualRewardModel

@@ -138,5 +138,6 @@ def _differing_fact(rng: Random, first: Scene, second: Scene) -> tuple[str, str,
             counts = [sum(item[position] == name for item in scene) for scene in (first, second)]
             if counts[0] != counts[1]:
                 kind = ("colour", "shape")[position]
-                options.append((kind, *(text.format(name, _NUMBERS[count]) for count in counts)))
+                of_first, of_second = (text.format(name, _NUMBERS[count]) for count in counts)
+                options.append((kind, of_first, of_second))
     return rng.choice(options) if options else None
