@@ -33,7 +33,12 @@ from eagleray.platform.serving import (
     serve_yaml,
 )
 
-APPLICATIONS = {"gram": "eagleray.serve.gram", "lisa": "eagleray.serve.lisa", "nast": "eagleray.serve.nast"}
+APPLICATIONS = {
+    "gram": "eagleray.serve.gram",
+    "lisa": "eagleray.serve.lisa",
+    "nast": "eagleray.serve.nast",
+    "rovrm": "eagleray.serve.rovrm",
+}
 """Kind of model -> module with the application's `build_app` and its argument, the config class `Args`."""
 
 _PAIR = '{"prompt": "Name a river in Peru.", "a": "The Ucayali.", "b": "Probably the Nile."}'
@@ -42,6 +47,7 @@ _EXAMPLES = {
     "gram": f"/compare -H 'content-type: application/json' -d {shlex.quote(_PAIR)}",
     "lisa": f"/v1/chat/completions -H 'content-type: application/json' -d {shlex.quote(_CHAT)}",
     "nast": "/translate --data-binary @recording.wav",
+    "rovrm": "/score -F prompt='How many cups?' -F responses=Two. -F responses=Five. -F image=@cups.png",
 }
 """Kind of model -> the rest of a `curl` command that tries it."""
 

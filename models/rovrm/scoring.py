@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 from eagleray.models.gram.batching import pad_right, token_batches
@@ -74,8 +75,10 @@ class VisualScorer:
         model = load_reward_model(folder, dtype=dtype).to(device)
         return cls(model, load_encoder(folder), **options)
 
-    def prepare(self, prompt: str, answers: Sequence[str], image: bytes | None = None) -> list[Prepared]:
-        """Check and encode the answers to one prompt.
+    def prepare(
+        self, prompt: str, answers: Sequence[str], image: bytes | Image.Image | None = None
+    ) -> list[Prepared]:
+        """Check and encode the answers to one prompt; the picture is the content of a file, or decoded already.
 
         Raises:
             ImageError: The picture cannot be used.
@@ -83,7 +86,8 @@ class VisualScorer:
         """
         pixels = count = None
         if image is not None:
-            pixels = self.encoder.pixels(decode_image(image, self.limits))
+            decoded = decode_image(image, self.limits) if isinstance(image, bytes) else image
+            pixels = self.encoder.pixels(decoded)
             count = self.encoder.family.image_tokens(pixels)
         prepared = []
         for answer in answers:
