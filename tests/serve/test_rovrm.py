@@ -9,6 +9,7 @@ import asyncio
 import base64
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from rovrm_cases import BLUE, RED, png, tiny_llava
 from eagleray.models.rovrm.checkpoint import save_reward_model
 from eagleray.models.rovrm.scoring import VisualScorer
 from eagleray.serve.multipart import MultipartError, Part, parse_multipart
-from eagleray.serve.rovrm import Args, RovrmService, build_app, load_model, rovrm_app
+from eagleray.serve.rovrm import Args, LoadedModel, RovrmService, build_app, load_model, rovrm_app
 
 PROMPT, ANSWERS = "Is there a circle?", ["Yes, a red one.", "No.", "Perhaps two."]
 LIMITS: dict[str, Any] = {"max_responses": 4, "max_body_bytes": 20_000, "max_image_pixels": 10_000}
@@ -39,10 +40,15 @@ def scorer(folder: Path) -> VisualScorer:
     return VisualScorer.from_pretrained(folder, device="cpu")
 
 
+@lru_cache
+def _loaded(args: Args) -> LoadedModel:
+    return load_model(args, device="cpu")
+
+
 @asynccontextmanager
 async def _client(folder: Path) -> AsyncIterator[httpx.AsyncClient]:
     args = Args(model=str(folder), **LIMITS)
-    app = rovrm_app(RovrmService(load_model(args, device="cpu"), args), args)
+    app = rovrm_app(RovrmService(_loaded(args), args), args)
     transport = httpx.ASGITransport(app=app)
     async with (
         app.router.lifespan_context(app),

@@ -147,10 +147,19 @@ def test_no_picture_lies_on_both_sides(rows: Path, tmp_path: Path) -> None:
 
 def test_a_limit_draws_by_the_seed(rows: Path, tmp_path: Path) -> None:
     train = [_source(rows, images=str(tmp_path / "images"))]
-    few = load_parts(VisualData.model_validate({"train": train, "limit": 5, "eval_fraction": 0.3}), seed=0).train
-    more = load_parts(VisualData.model_validate({"train": train, "limit": 10, "eval_fraction": 0.3}), seed=0).train
+    few = load_parts(
+        VisualData.model_validate({"train": train, "limit": 5, "eval_fraction": 0.3}), seed=0
+    ).train
+    more = load_parts(
+        VisualData.model_validate({"train": train, "limit": 10, "eval_fraction": 0.3}), seed=0
+    ).train
     assert len(few) == 5 and more[:5] == few
-    assert load_parts(VisualData.model_validate({"train": train, "limit": 5, "eval_fraction": 0.3}), seed=1).train != few
+    assert (
+        load_parts(
+            VisualData.model_validate({"train": train, "limit": 5, "eval_fraction": 0.3}), seed=1
+        ).train
+        != few
+    )
 
 
 @pytest.mark.skipif(

@@ -79,11 +79,13 @@ def test_a_batch_of_texts_runs_the_tower_too(tmp_path: Path) -> None:
 
 
 def test_what_does_not_fit_is_left_out_with_its_id(tmp_path: Path) -> None:
-    _, run, task = _prepared(tmp_path, "max_length=60")
+    _, _, whole = _prepared(tmp_path, name="whole")
+    limit = int(max(whole.train_lengths)) - 1
+    _, run, task = _prepared(tmp_path, f"max_length={limit}")
     manifest = run.read_manifest()["data"]
     kept = {task.train[i]["id"] for i in range(len(task.train))}
     assert manifest["too_long"] and not set(manifest["too_long"]) & kept
-    assert max(task.train_lengths) <= 60
+    assert max(task.train_lengths) <= limit
     image_id = task.encoder.family.image_token_id
     pictures = [task.train[i] for i in range(len(task.train)) if task.train[i]["image"] >= 0]
     assert pictures and all((row["ids"] == image_id).sum() == 2 * 16 for row in pictures)
@@ -126,8 +128,8 @@ def test_check_17_phases_hand_over_all_weights_and_their_history(tmp_path: Path)
     assert one.trained_count < two.trained_count == sum(p.numel() for p in taken.parameters())
     load_reward_model(tmp_path / "model-2")
 
-    with pytest.raises(CheckpointMismatch, match=r"`input_sha256` is 000000000000\.\.\., but .* holds"):
-        _prepared(tmp_path, *over, f"input_sha256={'0' * 64}", name="three")
+    with pytest.raises(CheckpointMismatch, match=r"`input_sha256` is ffffffffffff\.\.\., but .* holds"):
+        _prepared(tmp_path, *over, f"input_sha256={'f' * 64}", name="three")
 
 
 @pytest.mark.parametrize(
