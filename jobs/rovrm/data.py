@@ -10,6 +10,7 @@ import hashlib
 import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -110,7 +111,7 @@ class Sample:
     source: str
     image: bytes | None = None
 
-    @property
+    @cached_property
     def picture(self) -> str | None:
         """Hash of the picture's file."""
         return None if self.image is None else hashlib.sha256(self.image).hexdigest()
@@ -205,7 +206,7 @@ def _read_source(
         yield from _read_text(source, report, ids)
         return
     store = _store(source, images)
-    checked: set[str] = set()
+    checked: dict[str, bytes] = {}
     for row in read_rows(source):
         report.read += 1
         where = row.where
@@ -230,20 +231,20 @@ def _read_source(
 
 
 def _picture(
-    record: VisualPreference, store: ImageStore | None, images: ImageSection, checked: set[str]
+    record: VisualPreference, store: ImageStore | None, images: ImageSection, checked: dict[str, bytes]
 ) -> bytes | None:
     if record.image is None:
         return None
     if store is None:
         raise RecordError("the row has an image and its source no `images`", "name the folder or zip archive")
-    content = store.read(record.image)
     if record.image not in checked:
+        content = store.read(record.image)
         try:
             decode_image(content, images.limits())
         except ImageError as error:
             raise ImageError(error.reason, f"{record.image}: {error.detail}") from None
-        checked.add(record.image)
-    return content
+        checked[record.image] = content
+    return checked[record.image]  # one object, however many rows show it
 
 
 def _read_text(source: VisualSource, report: ReadReport, ids: set[str]) -> Iterator[Sample]:
