@@ -62,7 +62,7 @@ class LlavaSection(BackboneSection):
     ) -> None:
         """A whole reward model, with a tokenizer trained on `texts`."""
         words = [*texts, template.system, "USER: ASSISTANT: Image description: Question: "]
-        tokenizer = train_tokenizer(words, vocab_size=self.vocab_size, max_length=self.max_length)
+        tokenizer: Any = train_tokenizer(words, vocab_size=self.vocab_size, max_length=self.max_length)
         image_id = add_image_token(tokenizer)
         text = llama_config(
             vocab_size=len(tokenizer),

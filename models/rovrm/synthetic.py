@@ -68,22 +68,28 @@ def make_visual(
 
 
 def make_text(n: int, seed: int, *, split: str = "train") -> list[dict[str, Any]]:
-    """Text pairs for phase 1: the better answer counts the things that the request names, the worse one miscounts."""
+    """Text pairs for phase 1: the better answer says how often a list names a thing, the worse one how often another does.
+
+    Lists are taken two by two, as scenes are, so that no number is right more often than another. An odd `n` is
+    rounded down.
+    """
     rng = Random(f"text {seed} {split}")
     rows: list[dict[str, Any]] = []
-    for index in range(n):
-        things = [rng.choice(_OBJECTS) for _ in range(rng.randint(2, 4))]
-        thing = rng.choice(things)
-        right = things.count(thing)
-        wrong = rng.choice([count for count in range(len(_NUMBERS)) if count != right])
-        rows.append(
-            {
-                "id": f"t-{split}-{seed}-{index}",
-                "prompt": f"A list: {', '.join(things)}. How many times does it name the {thing}?",
-                "chosen": f"It names the {thing} {_NUMBERS[right]} times.",
-                "rejected": f"It names the {thing} {_NUMBERS[wrong]} times.",
-            }
-        )
+    while len(rows) + 2 <= n:
+        thing = rng.choice(_OBJECTS)
+        lists = [[rng.choice((thing, *_OBJECTS)) for _ in range(4)] for _ in range(2)]
+        counts = [things.count(thing) for things in lists]
+        if counts[0] == counts[1]:
+            continue
+        for things, right, wrong in zip(lists, counts, counts[::-1], strict=True):
+            rows.append(
+                {
+                    "id": f"t-{split}-{seed}-{len(rows)}",
+                    "prompt": f"A list: {', '.join(things)}. How many times does it name the {thing}?",
+                    "chosen": f"It names the {thing} {_NUMBERS[right]} times.",
+                    "rejected": f"It names the {thing} {_NUMBERS[wrong]} times.",
+                }
+            )
     return rows
 
 

@@ -32,9 +32,10 @@ def test_colour_facts_hold_in_the_pixels() -> None:
     assert checked > 40
 
 
-def test_without_the_picture_it_is_a_coin() -> None:
-    rows, _ = make_visual(200, 1)
-    assert Counter(row["chosen"] for row in rows) == Counter(row["rejected"] for row in rows)
+def test_without_the_picture_or_the_list_it_is_a_coin() -> None:
+    for rows in (make_visual(200, 1)[0], make_text(200, 1)):
+        assert len(rows) == 200
+        assert Counter(row["chosen"] for row in rows) == Counter(row["rejected"] for row in rows)
 
 
 def test_the_caption_names_every_shape() -> None:
