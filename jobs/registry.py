@@ -33,6 +33,9 @@ JOBS = {
     "nast.translate": "eagleray.jobs.nast.translate",
     "nast.evaluate": "eagleray.jobs.nast.evaluate",
     "nast.distill": "eagleray.jobs.nast.distill",
+    "rovrm.train": "eagleray.jobs.rovrm.train",
+    "rovrm.evaluate": "eagleray.jobs.rovrm.evaluate",
+    "rovrm.progressive": "eagleray.jobs.rovrm.progressive",
     "select": "eagleray.jobs.select",
     "sweep": "eagleray.jobs.sweep",
 }

@@ -38,6 +38,7 @@ APPLICATIONS = {
     "lisa": "eagleray.serve.lisa",
     "lrhp": "eagleray.serve.lrhp",
     "nast": "eagleray.serve.nast",
+    "rovrm": "eagleray.serve.rovrm",
 }
 """Kind of model -> module with the application's `build_app` and its argument, the config class `Args`."""
 
@@ -49,6 +50,7 @@ _EXAMPLES = {
     "lisa": f"/v1/chat/completions -H 'content-type: application/json' -d {shlex.quote(_CHAT)}",
     "lrhp": f"/represent -H 'content-type: application/json' -d {shlex.quote(_LABELLED)}",
     "nast": "/translate --data-binary @recording.wav",
+    "rovrm": "/score -F prompt='How many cups?' -F responses=Two. -F responses=Five. -F image=@cups.png",
 }
 """Kind of model -> the rest of a `curl` command that tries it."""
 

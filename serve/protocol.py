@@ -158,6 +158,45 @@ class RewardResponse(_FromModel):
     """Whether both orders prefer the same answer."""
 
 
+class ScoreRequest(_Strict):
+    """Answers to one prompt, about a picture or without one."""
+
+    model_config = _example(
+        {
+            "prompt": "How many cups are there?",
+            "responses": ["Two.", "Five."],
+            "image": "data:image/png;base64,...",
+        }
+    )
+
+    prompt: Text
+    """What was asked, without an image marker."""
+    responses: list[Text] = Field(min_length=1)
+    """The answers to score."""
+    image: str | None = None
+    """The picture's file in base64, plain or as a data URL. Files and addresses are not read from here; send the file
+    itself as `multipart/form-data` if base64 is in the way."""
+
+
+class ScoreResponse(_FromModel):
+    """Rewards of the answers; only differences between answers to one prompt mean something."""
+
+    scores: list[float]
+    """Of each answer, in the order of `responses`."""
+    best: int
+    """Position of the highest; the first of several."""
+    image_size: list[int] | None
+    """Width and height of the picture that was scored; null without one."""
+
+
+class ScoreHealthResponse(_FromModel):
+    """The model is loaded and takes requests."""
+
+    status: Literal["ready"] = "ready"
+    pending_answers: int = Field(ge=0)
+    """Answers admitted by this replica and not finished."""
+
+
 class Piece(_Strict):
     """A stretch of the recording that was translated by itself."""
 

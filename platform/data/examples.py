@@ -71,7 +71,8 @@ def _type(value: Any) -> pa.DataType:
         return pa.large_list(pa.from_numpy_dtype(value.dtype))
     if isinstance(value, list | np.ndarray):
         return pa.large_list(pa.int32())
-    return {str: pa.large_string(), int: pa.int64(), float: pa.float64()}[type(value)]
+    scalars = {str: pa.large_string(), bytes: pa.large_binary(), int: pa.int64(), float: pa.float64()}
+    return scalars[type(value)]
 
 
 def _value(scalar: Any) -> Any:

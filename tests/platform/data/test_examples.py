@@ -41,6 +41,12 @@ def test_arrays_of_floats_keep_their_type(tmp_path: Path) -> None:
     assert read.dtype == np.float16 and np.array_equal(read, features)
 
 
+def test_bytes_come_back_as_they_were(tmp_path: Path) -> None:
+    content = bytes(range(256))
+    write_examples(tmp_path / "images.arrow", [{"content": content}])
+    assert Examples(tmp_path / "images.arrow")[0]["content"] == content
+
+
 def test_nothing_left_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="No example is left for 'train'"):
         write_examples(tmp_path / "train.arrow", [])

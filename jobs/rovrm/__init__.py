@@ -1,0 +1,1 @@
+"""The jobs of RoVRM: one phase of training, the chain of phases, evaluation."""

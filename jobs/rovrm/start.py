@@ -1,0 +1,151 @@
+"""Where a phase starts: an earlier phase's model, a vision-language model of the hub, or a small one made here."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field, model_validator
+from transformers import AutoModel
+
+from eagleray.jobs.backbone.start import BackboneSection
+from eagleray.models.backbone.model import llama_config
+from eagleray.models.backbone.tokenizer import train_tokenizer
+from eagleray.models.rovrm.checkpoint import (
+    PhaseRecord,
+    VisualSettings,
+    is_reward_model,
+    load_encoder,
+    load_reward_model,
+    save_reward_model,
+    weights_sha256,
+)
+from eagleray.models.rovrm.encoding import VisualEncoder
+from eagleray.models.rovrm.model import VisualRewardModel
+from eagleray.models.rovrm.scratch import add_image_token, build_llava, image_processor
+from eagleray.models.rovrm.templates import VisualTemplate
+from eagleray.platform.config import Config as Section
+from eagleray.platform.pretrained import load_pretrained
+from eagleray.platform.sections import ModelSection
+
+
+class TemplateSection(Section):
+    """How a sample is laid out; saved with the model and taken over by the next phase."""
+
+    name: Literal["llava", "chatml"] = "llava"
+    """`llava` for LLaVA-1.5 and models made here, `chatml` for Qwen2-VL and Qwen2.5-VL."""
+    system: str | None = None
+    """System text; released checkpoints want the one they were trained with. Default: one of ours."""
+
+    def build(self) -> VisualTemplate:
+        """The template."""
+        return VisualTemplate.named(self.name, system=self.system)
+
+
+class LlavaSection(BackboneSection):
+    """Size of a small LLaVA with random weights: the language model's keys, and those of the vision tower."""
+
+    image_size: int = Field(default=128, ge=16)
+    """Side in pixels of the square that every picture is resized to."""
+    patch_size: int = Field(default=16, ge=4)
+    """Side of a patch; a picture takes (image_size / patch_size)² tokens."""
+    vision_width: int = Field(default=128, ge=16)
+    """Hidden size of the tower."""
+    vision_layers: int = Field(default=4, ge=1)
+    """Blocks of the tower."""
+    vision_heads: int = Field(default=4, ge=1)
+    """Attention heads of the tower; must divide `vision_width`."""
+
+    def write(
+        self, folder: Path, texts: Iterable[str], template: VisualTemplate, *, seed: int, max_length: int
+    ) -> None:
+        """A whole reward model, with a tokenizer trained on `texts`."""
+        words = [*texts, template.system, "USER: ASSISTANT: Image description: Question: "]
+        tokenizer: Any = train_tokenizer(words, vocab_size=self.vocab_size, max_length=self.max_length)
+        image_id = add_image_token(tokenizer)
+        text = llama_config(
+            vocab_size=len(tokenizer),
+            width=self.width,
+            layers=self.layers,
+            heads=self.heads,
+            kv_heads=self.kv_heads,
+            max_length=self.max_length,
+            pad_id=tokenizer.pad_token_id,
+            bos_id=tokenizer.bos_token_id,
+            eos_id=tokenizer.eos_token_id,
+        )
+        model = build_llava(
+            text,
+            image_token_id=image_id,
+            image_size=self.image_size,
+            patch_size=self.patch_size,
+            width=self.vision_width,
+            layers=self.vision_layers,
+            heads=self.vision_heads,
+            seed=seed,
+        )
+        processor = image_processor(self.image_size)
+        encoder = VisualEncoder(tokenizer, processor, model.family, template, max_length=max_length)
+        save_reward_model(model, encoder, folder, lineage=[PhaseRecord(0, None, {}, [], 0)])
+
+
+class StartSection(Section):
+    """The keys of a config that say where training starts; exactly one of `model` and `scratch`."""
+
+    model: ModelSection | None = None
+    scratch: LlavaSection | None = None
+    template: TemplateSection | None = None
+    """Layout of a sample. Default: that of the model folder; a new one for a model that has none."""
+    max_length: int | None = Field(default=None, ge=16)
+    """Longest sample in tokens, picture included; longer ones are left out, never cut. Default: as `template`, or 1024."""
+
+    @model_validator(mode="after")
+    def _one_start(self) -> StartSection:
+        if (self.model is None) == (self.scratch is None):
+            raise ValueError(
+                "give either `model.path` (a visual model) or `scratch` (a small one made from random weights)"
+            )
+        return self
+
+
+def prepare_start(start: Any, folder: Path, texts: Iterable[str], *, seed: int) -> ModelSection:
+    """Write the model of `scratch` into `folder`; the model section to start from."""
+    if start.scratch is None:
+        return start.model
+    template = (start.template or TemplateSection()).build()
+    start.scratch.write(folder, texts, template, seed=seed, max_length=start.max_length or 1024)
+    return ModelSection(path=str(folder))
+
+
+def start_encoder(start: Any, model: ModelSection) -> VisualEncoder:
+    """The encoder of the model that a phase starts from."""
+    known = is_reward_model(model.path)
+    template = start.template or (None if known else TemplateSection())
+    return load_encoder(
+        model.path,
+        template=None if template is None else template.build(),
+        max_length=start.max_length or (None if known else 1024),
+        revision=model.revision,
+    )
+
+
+def start_model(model: ModelSection, *, seed: int, expected_sha256: str | None) -> VisualRewardModel:
+    """The model that a phase starts from: all weights of an earlier phase, or a body with a new head.
+
+    Raises:
+        CheckpointMismatch: The folder does not hold exactly the weights that are expected.
+    """
+    if is_reward_model(model.path):
+        return load_reward_model(
+            model.path, attention=model.attention, expected_sha256=expected_sha256
+        ).float()
+    return VisualRewardModel(load_pretrained(AutoModel, model), seed=seed)
+
+
+def start_history(model: ModelSection) -> tuple[str | None, tuple[PhaseRecord, ...]]:
+    """Hash of the weights in a local folder (None for a model of the hub), and the phases they have been through."""
+    if not Path(model.path).is_dir():
+        return None, ()
+    lineage = VisualSettings.load(model.path).lineage if is_reward_model(model.path) else ()
+    return weights_sha256(model.path), lineage
