@@ -420,6 +420,6 @@ def load_model(args: Args, *, device: str) -> LoadedModel:
     """Load the model folder that `args` name."""
     folder = model_folder(args.model)
     dtype: Any = "auto" if args.dtype == "auto" else _DTYPES[args.dtype]
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, use_safetensors=True)
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, use_safetensors=True)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     return LoadedModel(model.to(device).eval(), tokenizer, args.name or folder.name, model_revision(folder))
