@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 
 from eagleray.platform.local_cluster import local_cluster
 
@@ -23,7 +24,8 @@ def run_local_cluster(nodes: int, cpus_per_node: int) -> None:
         command = [sys.executable, "-m", "ray.scripts.scripts", "get-auth-token", "--generate"]
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL, env={**os.environ, _MODE: mode})
     print(f"Starting {nodes} node(s) with {cpus_per_node} CPU each ...", flush=True)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    for number in (signal.SIGINT, signal.SIGTERM):  # what a script starts in the background ignores SIGINT
+        signal.signal(number, signal.default_int_handler)
     with local_cluster(nodes=nodes, cpus_per_node=cpus_per_node, environment={_MODE: mode}) as cluster:
         print(
             f"Address:   {cluster.address}   (ray.address=...)\n"
@@ -33,7 +35,8 @@ def run_local_cluster(nodes: int, cpus_per_node: int) -> None:
             flush=True,
         )
         try:
-            signal.pause()
+            while True:
+                time.sleep(1)  # not `signal.pause`, which sleeps on if another thread takes the signal
         except KeyboardInterrupt:
             for number in (signal.SIGINT, signal.SIGTERM):  # a second one must not cut the stopping short
                 signal.signal(number, signal.SIG_IGN)
