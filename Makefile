@@ -35,7 +35,7 @@ $(READY): pyproject.toml
 	@touch $@
 
 demo: $(READY)
-	$(PYTHON) -m eagleray.jobs.gram.demo $(if $(DATA),"data.pairs=$(DATA)")
+	$(PYTHON) -m eagleray.jobs.gram.demo $(if $(DATA),"data.pairs=$(DATA)" "run.dir=runs/demo-$(firstword $(subst ., ,$(notdir $(DATA))))")
 
 # Two at a time: many tests wait for processes that start. A file stays together, as its tests share a cluster.
 test: $(READY)
