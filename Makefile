@@ -17,7 +17,7 @@ help:
 setup: $(READY)
 
 # A python3.12 on the path may be a shim that only prints an error, so each candidate is run, not just found.
-$(READY): pyproject.toml
+$(READY): pyproject.toml constraints.txt
 	@if [ ! -x $(PYTHON) ]; then \
 	  for candidate in python3.11 python3.12 python3; do \
 	    if $$candidate -c 'import sys, venv, ensurepip; sys.exit(sys.version_info[:2] not in ((3, 11), (3, 12)))' 2>/dev/null; then \
@@ -31,7 +31,7 @@ $(READY): pyproject.toml
 	fi
 	@$(PYTHON) -m pip --version >/dev/null 2>&1 || $(PYTHON) -m ensurepip
 	@echo 'Installing eagleray and what it needs into .venv (a few minutes the first time)'
-	@$(PYTHON) -m pip install --quiet --disable-pip-version-check -e '.[dev]'
+	@$(PYTHON) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	@touch $@
 
 demo: $(READY)
