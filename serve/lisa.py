@@ -114,10 +114,8 @@ class _Row:
             ended = continuation.finished
             tokens = list(continuation.tokens)
             text = self.stream.feed(tokens) + (self.stream.close(tokens) if ended else "")
-            if self.stream.stopped:
-                self.finish_reason = "stop"
-            else:
-                self.finish_reason = ended
+            self.finish_reason = "stop" if self.stream.stopped else ended
+            self.progress.given_up = self.stream.stopped  # its row is free for others
             yield text
             if self.stream.stopped:
                 return

@@ -31,9 +31,9 @@ class BackboneSection(Section):
     max_length: int = Field(default=2048, ge=16)
     """Positions the model takes."""
 
-    def build(self, tokenizer: Any, *, seed: int) -> Any:
-        """The model with random weights that depend on `seed` alone."""
-        config = llama_config(
+    def config_for(self, tokenizer: Any) -> Any:
+        """The configuration of the model with this tokenizer."""
+        return llama_config(
             vocab_size=len(tokenizer),
             width=self.width,
             layers=self.layers,
@@ -44,7 +44,10 @@ class BackboneSection(Section):
             bos_id=tokenizer.bos_token_id,
             eos_id=tokenizer.eos_token_id,
         )
-        return build_llama(config, seed=seed)
+
+    def build(self, tokenizer: Any, *, seed: int) -> Any:
+        """The model with random weights that depend on `seed` alone."""
+        return build_llama(self.config_for(tokenizer), seed=seed)
 
 
 class StartConfig(TrainingConfig):

@@ -31,7 +31,7 @@ from eagleray.models.gram.benchmarks import (
 from eagleray.models.gram.discriminative import DiscriminativeScorer
 from eagleray.models.gram.judge import Comparison, Judge, Pair
 from eagleray.models.gram.metrics import evaluate_comparisons, paired_difference
-from eagleray.models.gram.plots import plot_accuracy, plot_length_gap, plot_reliability
+from eagleray.models.gram.plots import plot_sets
 from eagleray.models.gram.prompts import shuffled_order
 from eagleray.platform.cluster import connected
 from eagleray.platform.config import Config as Section
@@ -139,7 +139,7 @@ def main(cfg: Config) -> dict[str, Any]:
         report = {"sets": {name: _report(cfg, name, sets[name], comparisons[name]) for name in sets}}
         _write_results(run, sets, comparisons)
         run.write_report(report)
-        _plot(run, report)
+        plot_sets(report["sets"], run.plots)
     print_table(report, Console())
     return report
 
@@ -281,14 +281,6 @@ def _write_results(
                         **asdict(found[i]),
                     }
                 file.write(json.dumps(row, ensure_ascii=False) + "\n")
-
-
-def _plot(run: RunFolder, report: dict[str, Any]) -> None:
-    run.plots.mkdir(exist_ok=True)
-    for name, figures in report["sets"].items():
-        plot_accuracy(figures["scorers"], run.plots / f"{name}_accuracy.png", title=name)
-        plot_reliability(figures["scorers"], run.plots / f"{name}_reliability.png", title=name)
-        plot_length_gap(figures["scorers"], run.plots / f"{name}_length_gap.png", title=name)
 
 
 if __name__ == "__main__":

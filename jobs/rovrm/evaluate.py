@@ -23,7 +23,7 @@ from rich.table import Table
 
 from eagleray.jobs.rovrm.data import ImageSection, Sample, VisualSource, load_sources
 from eagleray.models.gram.metrics import paired_difference
-from eagleray.models.gram.plots import plot_accuracy, plot_length_gap, plot_reliability
+from eagleray.models.gram.plots import plot_sets
 from eagleray.models.rovrm.best_of_n import best_of_n_curve, group_candidates
 from eagleray.models.rovrm.images import ImageLimits
 from eagleray.models.rovrm.metrics import RankedPair, evaluate_pairs, ranked_pairs
@@ -116,7 +116,7 @@ def main(cfg: Config) -> dict[str, Any]:
         }
         _write_results(run, sets, rewards)
         run.write_report(report)
-        _plot(run, report)
+        plot_sets(report["sets"], run.plots)
     print_table(report, Console())
     return report
 
@@ -269,14 +269,6 @@ def _write_results(
                     "rewards": {scorer: found[i] for scorer, found in rewards[name].items()},
                 }
                 file.write(json.dumps(row, ensure_ascii=False) + "\n")
-
-
-def _plot(run: RunFolder, report: dict[str, Any]) -> None:
-    run.plots.mkdir(exist_ok=True)
-    for name, figures in report["sets"].items():
-        plot_accuracy(figures["scorers"], run.plots / f"{name}_accuracy.png", title=name)
-        plot_reliability(figures["scorers"], run.plots / f"{name}_reliability.png", title=name)
-        plot_length_gap(figures["scorers"], run.plots / f"{name}_length_gap.png", title=name)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ from pydantic import Field, model_validator
 from transformers import AutoModel
 
 from eagleray.jobs.backbone.start import BackboneSection
-from eagleray.models.backbone.model import llama_config
 from eagleray.models.backbone.tokenizer import train_tokenizer
 from eagleray.models.rovrm.checkpoint import (
     PhaseRecord,
@@ -64,19 +63,8 @@ class LlavaSection(BackboneSection):
         words = [*texts, template.system, "USER: ASSISTANT: Image description: Question: "]
         tokenizer: Any = train_tokenizer(words, vocab_size=self.vocab_size, max_length=self.max_length)
         image_id = add_image_token(tokenizer)
-        text = llama_config(
-            vocab_size=len(tokenizer),
-            width=self.width,
-            layers=self.layers,
-            heads=self.heads,
-            kv_heads=self.kv_heads,
-            max_length=self.max_length,
-            pad_id=tokenizer.pad_token_id,
-            bos_id=tokenizer.bos_token_id,
-            eos_id=tokenizer.eos_token_id,
-        )
         model = build_llava(
-            text,
+            self.config_for(tokenizer),
             image_token_id=image_id,
             image_size=self.image_size,
             patch_size=self.patch_size,

@@ -14,6 +14,20 @@ Scorers = Mapping[str, Mapping[str, Any]]
 """Name of a scorer -> its figures as `metrics.evaluate_comparisons` gives them."""
 
 
+def plot_sets(sets: Mapping[str, Mapping[str, Any]], folder: Path) -> None:
+    """The three plots of each evaluation set into a folder.
+
+    Args:
+        sets: Name of a set -> its part of the report, with the figures of its `scorers`.
+        folder: Made if it is missing.
+    """
+    folder.mkdir(exist_ok=True)
+    for name, figures in sets.items():
+        plot_accuracy(figures["scorers"], folder / f"{name}_accuracy.png", title=name)
+        plot_reliability(figures["scorers"], folder / f"{name}_reliability.png", title=name)
+        plot_length_gap(figures["scorers"], folder / f"{name}_length_gap.png", title=name)
+
+
 def plot_accuracy(scorers: Scorers, path: Path, *, title: str) -> None:
     """Bars of accuracy with their 95 % intervals; the dashed line is chance."""
     figure = Figure(figsize=(6.4, 0.8 + 0.45 * len(scorers)), layout="constrained")

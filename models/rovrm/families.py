@@ -5,6 +5,7 @@ Everything else (merging features into the sequence, positions, attention) is do
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -18,7 +19,7 @@ Pixels = dict[str, Tensor]
 
 
 @dataclass(frozen=True)
-class Family:
+class Family(ABC):
     """Base of the families; `config` is the configuration of the whole model."""
 
     config: Any
@@ -30,9 +31,9 @@ class Family:
         """Id of the token that stands for one piece of a picture."""
         return self.config.image_token_id
 
+    @abstractmethod
     def image_tokens(self, pixels: Pixels) -> int:
         """How many tokens a picture takes."""
-        raise NotImplementedError
 
     def image_ids(self, count: int) -> list[int]:
         """The token ids that stand for a picture of `count` pieces."""
