@@ -16,9 +16,12 @@ from typing import Any
 
 import pytest
 import torch.distributed as dist
+from fsspec.implementations.asyn_wrapper import AsyncFileSystemWrapper
 from fsspec.implementations.local import LocalFileSystem
+from fsspec.implementations.memory import MemoryFileSystem
 from toy_task import ToyTask, assert_identical, run_workers, toy_config, write_toy_data
 
+from eagleray.platform import remote
 from eagleray.platform.config import ConfigError, load_config
 from eagleray.platform.lease import Lease
 from eagleray.platform.remote import RemoteFolder, SharedFolder, TransferError, open_folder
@@ -270,3 +273,39 @@ def test_a_path_carries_nothing(tmp_path: Path) -> None:
     folder.freeze("model")()
     folder.receive("model")
     assert folder.names() == []
+
+
+@pytest.mark.parametrize("asynchronous", [False, True], ids=["sync", "async"])
+def test_backends_without_folders(
+    asynchronous: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """fsspec's store in memory, plain and through the asynchronous calls that those of the clouds use."""
+    store = MemoryFileSystem()
+    place, root = "memory://bucket/run", f"/{tmp_path.name}/run"
+    fs = AsyncFileSystemWrapper(store) if asynchronous else store
+    monkeypatch.setattr(remote, "url_to_fs", lambda _: (fs, root))
+    run = RunFolder.create(JOB, load_config(TrainingConfig, None, [f"run.dir={place}"]))
+    folder = run.folder
+    with run.recording():
+        for step in (1, 2):
+            partial = run.checkpoints / f"step-{step:08d}.partial"
+            (partial / "state").mkdir(parents=True)
+            (partial / "state/shard.pt").write_text("0")
+            (partial / "checkpoint.json").write_text("{}")
+            folder.send_files(partial, ["state/shard.pt"])
+            if step == 1:
+                folder.publish(partial)
+            folder.forget(run.checkpoints)
+        assert folder.checkpoints() == ["step-00000001"]
+        folder.remove_unfinished_checkpoints()
+        assert not [name for name in store.find(root) if "step-00000002" in name]
+        folder.receive("checkpoints/step-00000001")
+        assert (run.checkpoints / "step-00000001/state/shard.pt").read_text() == "0"
+        folder.remove("checkpoints/step-00000001")
+        assert folder.checkpoints() == []
+        run.model.mkdir()
+        (run.model / "config.json").write_text("{}")
+    assert {"config.yaml", "manifest.json", "model"} <= set(folder.names())
+    assert store.cat_file(f"{root}/model/config.json") == b"{}"
+    with pytest.raises(RunFinishedError):
+        RunFolder.create(JOB, load_config(TrainingConfig, None, [f"run.dir={place}"]))
