@@ -40,6 +40,7 @@ from benchmarks.harness import Ratio, Side, finish, interleave, start
 from eagleray.models.backbone.model import build_llama, llama_config
 from eagleray.platform.checkpoints import Checkpointer, LoopState
 from eagleray.platform.engine import build_engine
+from eagleray.platform.remote import SharedFolder
 from eagleray.platform.sections import TrainingConfig
 
 SAVE_EVERY = 50
@@ -75,7 +76,7 @@ def build_loop(*, size: Size) -> Callable[[str], tuple[float, float]]:
         vocab_size=size.vocab_size, width=size.width, layers=size.layers, heads=size.width // 64
     )
     engine = build_engine(build_llama(config, seed=0), TrainingConfig(), total_steps=10_000)
-    checkpointer = Checkpointer(engine, folder / "checkpoints", config_hash="", keep=1)
+    checkpointer = Checkpointer(engine, SharedFolder(folder), config_hash="", keep=1)
     ids_BT = torch.randint(0, size.vocab_size, (size.batch, size.tokens), device=engine.device)
     state = LoopState()
 

@@ -136,7 +136,7 @@ def print_run(run: RunRecord) -> None:
         error = values["attempts"][-1].get("error")
         if error:
             console.print(Text(error, "red"))
-        console.print(Text(f"Resume: {resume_command(run.path.absolute())}"), soft_wrap=True)
+        console.print(Text(f"Resume: {resume_command(str(run.path.absolute()))}"), soft_wrap=True)
 
 
 def print_comparison(comparison: RunComparison) -> None:

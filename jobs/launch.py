@@ -23,6 +23,7 @@ from rich.text import Text
 
 from eagleray.jobs.registry import JOBS, job_name, load_job
 from eagleray.platform.config import load_config
+from eagleray.platform.remote import is_uri, open_folder
 from eagleray.platform.runs import RunFinishedError, RunInterrupted
 
 USER_ERROR = 2
@@ -120,15 +121,18 @@ def configure_logging() -> None:
     logging.getLogger("eagleray").setLevel(logging.INFO)
 
 
-def resume_command(run: Path) -> str:
+def resume_command(place: str) -> str:
     """The shell command that goes on with an interrupted run."""
-    folder = run.relative_to(Path.cwd()) if run.is_relative_to(Path.cwd()) else run
-    return f"eagleray train {shlex.quote(str(folder / 'config.yaml'))} {shlex.quote(f'run.dir={folder}')}"
+    folder = open_folder(place).path
+    if folder.is_relative_to(Path.cwd()):
+        folder = folder.relative_to(Path.cwd())
+    run_dir = place if is_uri(place) else folder
+    return f"eagleray train {shlex.quote(str(folder / 'config.yaml'))} {shlex.quote(f'run.dir={run_dir}')}"
 
 
 def _how_to_resume(stop: KeyboardInterrupt) -> str:
     if isinstance(stop, RunInterrupted):
-        return f"resume the run with\n  {resume_command(stop.path)}"
+        return f"resume the run with\n  {resume_command(stop.place)}"
     return str(stop) or "no run had begun."
 
 

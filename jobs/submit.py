@@ -20,7 +20,8 @@ from eagleray.jobs.registry import job_name, load_job
 from eagleray.platform.config import ConfigError, load_config, to_yaml, validate_config
 from eagleray.platform.data.files import absolute_path, is_pattern
 from eagleray.platform.kuberay import ray_job, split_settings
-from eagleray.platform.runs import new_run_name
+from eagleray.platform.remote import is_uri
+from eagleray.platform.runs import new_run_name, run_place
 from eagleray.platform.sections import JobConfig
 from eagleray.platform.submission import connect, package
 
@@ -60,7 +61,7 @@ def prepare(config: Path, overrides: Sequence[str]) -> Submission:
         )
     name = new_run_name()
     values = cfg.model_dump(mode="json")
-    values["run"]["dir"] = cfg.run.dir or str(Path(cfg.run.root) / job / name)
+    values["run"]["dir"] = cfg.run.dir or run_place(cfg.run.root, job, name)
     paths = list(_make_paths_absolute(values, ""))
     resolved = validate_config(type(cfg), values, str(config))
     return Submission(job, f"{job.replace('.', '-')}-{name}", resolved, paths)
@@ -114,7 +115,8 @@ def render(config: Path, settings: Sequence[str]) -> str:
     kube, overrides = split_settings(settings)
     job = prepare(config, overrides)
     values = job.config.model_dump(mode="json")
-    values["run"]["dir"] = kube.on_storage(values["run"]["dir"], key="run.dir")
+    if not is_uri(values["run"]["dir"]):
+        values["run"]["dir"] = kube.on_storage(values["run"]["dir"], key="run.dir")
     gpu = kube.gpu or job.config.ray.use_gpu is True
     values["ray"]["use_gpu"] = gpu
     for path in job.local_paths:
@@ -132,7 +134,7 @@ def render(config: Path, settings: Sequence[str]) -> str:
 def _places(job: Submission) -> str:
     """Where its results will be, and what it needs to find there."""
     folder = str(job.config.run.dir)
-    if not Path(folder).expanduser().is_absolute():
+    if not is_uri(folder) and not Path(folder).expanduser().is_absolute():
         folder = f"~/{folder} of the node that runs it (give an absolute `run.root` for another place)"
     lines = [f"Results:   {folder}"]
     if job.local_paths:

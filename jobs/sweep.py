@@ -190,7 +190,7 @@ def load_space(name: str, search: SearchName, job: Job) -> Space:
 def main(cfg: Config) -> SweptRun:
     """Check everything, run the trials, write what came out."""
     plan = _plan(cfg)
-    run = RunFolder.create(JOB, cfg)
+    run = RunFolder.create(JOB, cfg, shared=True)
     with run.recording():
         return _sweep(plan, cfg, run)
 

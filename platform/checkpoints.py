@@ -7,6 +7,9 @@ the hashes and renames the folder (`Checkpointer.finish`). A folder without `.pa
 happened to it later (truncation, a lost shard) shows in the hashes. The thread only writes its own files: what
 the workers have to agree on happens in `begin` and `finish`, which all of them call at the same step.
 
+Where the run folder is a URI (`remote.py`), `.partial` lies in the working copy of each machine, and the thread also
+sends its files; a checkpoint is then complete when `checkpoint.json` has been sent.
+
 docs/decisions/0002-checkpoints.md says why Ray Train does not own these files.
 """
 
@@ -18,7 +21,7 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -28,13 +31,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from eagleray.platform.remote import CHECKPOINT_MANIFEST, PARTIAL, WORKERS_PARTS, SharedFolder, leads_node
 from eagleray.platform.universal import load_universal, write_universal
 
 logger = logging.getLogger(__name__)
 
-_MANIFEST = "checkpoint.json"
 _STATE = "state"
-_PARTIAL = ".partial"
 
 
 class CheckpointError(ValueError):
@@ -70,13 +72,14 @@ class Checkpointer:
 
     Args:
         engine: The DeepSpeed engine whose state is saved.
-        root: Folder of the checkpoints, on storage that all workers share.
+        folder: The run folder.
         config_hash: Hash of what must not change between a checkpoint and the run that resumes from it.
         keep: How many of the latest checkpoints stay.
     """
 
-    def __init__(self, engine: Any, root: Path, *, config_hash: str, keep: int) -> None:
-        self._engine, self._root, self._config_hash, self._keep = engine, root, config_hash, keep
+    def __init__(self, engine: Any, folder: SharedFolder, *, config_hash: str, keep: int) -> None:
+        self._engine, self._folder, self._config_hash, self._keep = engine, folder, config_hash, keep
+        self._root, self._place = folder.path / "checkpoints", f"{folder.place}/checkpoints"
         self._rank, self._world_size = dist.get_rank(), dist.get_world_size()
         self._snapshots: dict[Path, io.BytesIO] = {}
         engine.checkpoint_engine.save = self._snapshot  # each file that DeepSpeed would write comes here
@@ -98,15 +101,18 @@ class Checkpointer:
         self.finish()
         if state.step == self._saved_step:
             return
-        partial = self._root / f"step-{state.step:08d}{_PARTIAL}"
+        partial = self._root / f"step-{state.step:08d}{PARTIAL}"
         with self._explained(state.step, partial):
             if self._rank == 0:
                 shutil.rmtree(partial, ignore_errors=True)
                 partial.mkdir(parents=True)
             dist.barrier()
+            partial.mkdir(parents=True, exist_ok=True)  # on other machines, if the run folder is a URI
             self._engine.save_checkpoint(str(partial), tag=_STATE, save_latest=False)
+            # What the state refers to must be there when the checkpoint counts.
+            send = self._folder.freeze(*WORKERS_PARTS) if self._rank == 0 else None
         snapshots, self._snapshots = self._snapshots, {}
-        files = self._thread.submit(_write_files, snapshots, partial)
+        files = self._thread.submit(self._write, snapshots, partial, send)
         self._pending = _Pending(state.step, asdict(state), partial, files)
         self._saved_step = state.step
 
@@ -137,6 +143,7 @@ class Checkpointer:
         if outcome[0]:
             with self._explained(pending.step, pending.folder):
                 raise OSError(outcome[0])
+        self._folder.forget(pending.folder)
 
     def restore(self) -> LoopState | None:
         """Load the newest whole checkpoint into the fresh engine.
@@ -150,20 +157,26 @@ class Checkpointer:
             CheckpointError: There are checkpoints, but none is whole or fits this run.
         """
         if self._rank == 0:
-            for left in self._root.glob(f"step-*{_PARTIAL}"):  # half-written by a run that was killed
-                shutil.rmtree(left, ignore_errors=True)
+            self._folder.remove_unfinished_checkpoints()
         dist.barrier()
         problems: list[str] = []
-        for path in reversed(_complete(self._root)):
+        for name in reversed(self._folder.checkpoints()):
+            path = self._root / name
+            if leads_node():
+                self._folder.receive(f"checkpoints/{name}")
+            dist.barrier()
             problem = self._problem(path, config_hash=self._config_hash)
             if problem is None:
-                return self._load(path)
-            problems.append(f"{path.name}: {problem}")
+                state = self._load(path)
+                dist.barrier()
+                self._folder.forget(self._root)
+                return state
+            problems.append(f"{name}: {problem}")
             if self._rank == 0:
-                logger.warning("Checkpoint %s is not used: %s.", path, problem)
+                logger.warning("Checkpoint %s/%s is not used: %s.", self._place, name, problem)
         if problems:
             raise CheckpointError(
-                f"No checkpoint in {self._root} can be used ({'; '.join(problems)}). Restore a folder, or start "
+                f"No checkpoint in {self._place} can be used ({'; '.join(problems)}). Restore a folder, or start "
                 "anew with another `run.dir`."
             )
         return None
@@ -193,8 +206,18 @@ class Checkpointer:
         self._snapshots[Path(path)] = buffer = io.BytesIO()
         torch.save(state_dict, buffer, _use_new_zipfile_serialization=False)
 
+    def _write(
+        self, snapshots: dict[Path, io.BytesIO], partial: Path, send: Callable[[], None] | None
+    ) -> dict[str, str]:
+        """Runs in the thread."""
+        files = _write_files(snapshots, partial)
+        self._folder.send_files(partial, files)
+        if send is not None:
+            send()
+        return files
+
     def _load(self, path: Path) -> LoopState:
-        manifest = json.loads((path / _MANIFEST).read_text())
+        manifest = json.loads((path / CHECKPOINT_MANIFEST).read_text())
         if manifest["world_size"] == self._world_size or not _is_sharded(manifest):
             self._engine.load_checkpoint(str(path), tag=_STATE)
         else:
@@ -205,7 +228,7 @@ class Checkpointer:
 
     def _load_resharded(self, path: Path, writers: int) -> None:
         """The hashes of `path` have been checked; its converted copy lives only until it is loaded."""
-        scratch = path.with_name(f"{path.name}.universal{_PARTIAL}")
+        scratch = path.with_name(f"{path.name}.universal{PARTIAL}")
         problem = [None]
         if self._rank == 0:
             logger.info(
@@ -216,6 +239,7 @@ class Checkpointer:
             )
             try:
                 write_universal(path / _STATE, scratch / _STATE)
+                self._folder.send(f"checkpoints/{scratch.name}")
             except (OSError, RuntimeError) as error:
                 problem = [f"{error}"]
         dist.broadcast_object_list(problem, src=0)
@@ -224,17 +248,20 @@ class Checkpointer:
                 f"{path} was written by {writers} worker(s) and could not be converted for {self._world_size}: "
                 f"{problem[0]}. Make room, or resume with `ray.num_workers={writers}`."
             )
+        if self._rank != 0 and leads_node():
+            self._folder.receive(f"checkpoints/{scratch.name}")
+        dist.barrier()
         load_universal(self._engine, scratch, tag=_STATE)
         dist.barrier()
         if self._rank == 0:
-            shutil.rmtree(scratch, ignore_errors=True)
+            self._folder.remove(f"checkpoints/{scratch.name}")
 
     def _problem(self, path: Path, *, config_hash: str | None) -> str | None:
         """Why a checkpoint can't be used, agreed among all workers; each checks its share of the hashes."""
         try:
-            manifest = json.loads((path / _MANIFEST).read_text())
+            manifest = json.loads((path / CHECKPOINT_MANIFEST).read_text())
         except (OSError, ValueError):
-            return f"{_MANIFEST} is missing or unreadable"
+            return f"{CHECKPOINT_MANIFEST} is missing or unreadable"
         if config_hash is not None and manifest["config_hash"] != config_hash:
             return "it belongs to a run with another config"
         mine = None
@@ -251,21 +278,22 @@ class Checkpointer:
         return next((problem for problem in everyone if problem), None)
 
     def _commit(self, pending: _Pending, files: dict[str, str]) -> None:
-        folder, final = pending.folder, pending.folder.with_suffix("")
+        folder = pending.folder
         # What DeepSpeed itself put there, such as its script that extracts the weights.
         others = {p for p in folder.rglob("*") if p.is_file()} - {folder / name for name in files}
+        names = {str(p.relative_to(folder)): p for p in others}
+        self._folder.send_files(folder, names)
         manifest = {
             "loop": pending.loop,
             "config_hash": self._config_hash,
             "world_size": self._world_size,
             "zero_stage": self._engine.zero_optimization_stage(),
-            "files": files | {str(p.relative_to(folder)): _sha256(p) for p in others},
+            "files": files | {name: _sha256(path) for name, path in names.items()},
         }
-        _write_synced(folder / _MANIFEST, json.dumps(manifest, indent=1).encode())
-        shutil.rmtree(final, ignore_errors=True)  # a damaged one that the run fell back from
-        folder.rename(final)
-        for old in _complete(self._root)[: -self._keep]:
-            shutil.rmtree(old, ignore_errors=True)
+        _write_synced(folder / CHECKPOINT_MANIFEST, json.dumps(manifest, indent=1).encode())
+        self._folder.publish(folder)
+        for old in self._folder.checkpoints()[: -self._keep]:
+            self._folder.remove(f"checkpoints/{old}")
 
     @contextmanager
     def _explained(self, step: int, partial: Path) -> Iterator[None]:
@@ -274,7 +302,7 @@ class Checkpointer:
         except (OSError, RuntimeError) as error:
             shutil.rmtree(partial, ignore_errors=True)
             raise CheckpointError(
-                f"The checkpoint of step {step} could not be written to {self._root}: {error}. "
+                f"The checkpoint of step {step} could not be written to {self._place}: {error}. "
                 "Earlier checkpoints are whole: make room and resume the run."
             ) from error
 
@@ -291,7 +319,7 @@ class _Pending:
 
 
 def _write_files(files: dict[Path, io.BytesIO], folder: Path) -> dict[str, str]:
-    """Runs in the thread; hashing and writing leave the interpreter to the training loop."""
+    """Hashing and writing leave the interpreter to the training loop."""
     digests = {}
     while files:
         path, buffer = files.popitem()
@@ -299,10 +327,6 @@ def _write_files(files: dict[Path, io.BytesIO], folder: Path) -> dict[str, str]:
             digests[str(path.relative_to(folder))] = hashlib.sha256(content).hexdigest()
             _write_synced(path, content)
     return digests
-
-
-def _complete(root: Path) -> list[Path]:
-    return sorted(p for p in root.glob("step-*") if p.is_dir() and not p.name.endswith(_PARTIAL))
 
 
 def _is_sharded(manifest: dict[str, Any]) -> bool:

@@ -7,12 +7,12 @@ import logging
 import os
 import secrets
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from eagleray.platform.environment import in_submitted_job
+from eagleray.platform.remote import SharedFolder, open_folder
 from eagleray.platform.sections import RaySection
 
 
@@ -85,7 +85,7 @@ def describe_needs(section: RaySection) -> str:
     return f"{least if least == most else f'{least} to {most}'} worker(s) x {needs}"
 
 
-def check_shared_folder(section: RaySection, folder: Path, *, timeout_s: float = 60) -> None:
+def check_shared_folder(section: RaySection, folder: SharedFolder, *, timeout_s: float = 60) -> None:
     """Refuse a run whose folder is not the same on all nodes, before it trains up to its first checkpoint.
 
     Each node that can hold a worker reads what this process wrote, and writes what this process must read.
@@ -101,35 +101,34 @@ def check_shared_folder(section: RaySection, folder: Path, *, timeout_s: float =
     nodes = [node for node in ray.nodes() if node["Alive"] and _holds_a_worker(node["Resources"], section)]
     if {node["NodeID"] for node in nodes} <= {ray.get_runtime_context().get_node_id()}:
         return
-    marker, text = folder / f".probe-{os.getpid()}", secrets.token_hex(8)
-    answers = {node["NodeID"]: marker.with_name(f"{marker.name}-{node['NodeID']}") for node in nodes}
-    marker.write_text(text)
+    marker, text = f".probe-{os.getpid()}", secrets.token_hex(8)
+    answers = {node["NodeID"]: f"{marker}-{node['NodeID']}" for node in nodes}
+    folder.write_text(marker, text)
     try:
-        problems = _ask_nodes(marker, text, answers, timeout_s)
+        problems = _ask_nodes(folder.place, marker, text, answers, timeout_s)
         for node in nodes:
-            path = answers[node["NodeID"]]
             problem = problems.get(node["NodeID"], "it does not answer")
-            if problem is None and not (path.is_file() and path.read_text() == text):
+            if problem is None and not _holds(folder, answers[node["NodeID"]], text):
                 problem = "what it writes there does not arrive here"
             if problem is not None:
                 raise SharedStorageError(
-                    f"{folder} is not shared with node {node['NodeManagerAddress']} (id {node['NodeID'][:8]}): {problem}. "
-                    "A run on several nodes needs `run.root` or `run.dir` on storage that all of them mount under the "
-                    "same path, e.g. NFS; docs/cluster.md says how."
+                    f"{folder.place} is not shared with node {node['NodeManagerAddress']} (id {node['NodeID'][:8]}): "
+                    f"{problem}. A run on several nodes needs `run.root` or `run.dir` on storage that all of them mount "
+                    "under the same path, e.g. NFS, or at a URI that all of them reach; docs/cluster.md says how."
                 )
     finally:
-        for path in (marker, *answers.values()):
-            path.unlink(missing_ok=True)
+        for name in (marker, *answers.values()):
+            folder.remove(name)
 
 
 def _ask_nodes(
-    marker: Path, text: str, answers: Mapping[str, Path], timeout_s: float
+    place: str, marker: str, text: str, answers: Mapping[str, str], timeout_s: float
 ) -> dict[str, str | None]:
     """What is wrong with the folder on each node that answers."""
     task = ray.remote(num_cpus=0, max_retries=0)(_answer_marker)
     asked = {
         task.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False)).remote(
-            marker, text, answer
+            place, marker, text, answer
         ): node
         for node, answer in answers.items()
     }
@@ -137,15 +136,25 @@ def _ask_nodes(
     return {asked[reference]: ray.get(reference) for reference in done}
 
 
-def _answer_marker(marker: Path, text: str, answer: Path) -> str | None:
+def _answer_marker(place: str, marker: str, text: str, answer: str) -> str | None:
     """On a node: read the marker and answer beside it; returns what went wrong."""
     try:
-        if marker.read_text() != text:
+        folder = open_folder(place)
+        if folder.read_text(marker) != text:
             return "it sees another folder under this path"
-        answer.write_text(text)
+        folder.write_text(answer, text)
     except OSError as error:
-        return f"{type(error).__name__} there ({error.strerror})"
+        return f"{type(error).__name__} there ({error.strerror or error})"
+    except ValueError as error:
+        return str(error)
     return None
+
+
+def _holds(folder: SharedFolder, name: str, text: str) -> bool:
+    try:
+        return folder.read_text(name) == text
+    except OSError:
+        return False
 
 
 def _one_worker(section: RaySection) -> dict[str, float]:

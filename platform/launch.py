@@ -16,6 +16,7 @@ from eagleray.platform.cluster import check_placement, check_shared_folder, conn
 from eagleray.platform.config import validate_config
 from eagleray.platform.plots import plot_training
 from eagleray.platform.progress import training_progress
+from eagleray.platform.remote import leads_node, open_folder
 from eagleray.platform.runs import RunFolder, RunInterrupted
 from eagleray.platform.sections import TrainingConfig
 from eagleray.platform.stopping import SignalStop, withdraw_stop
@@ -67,10 +68,13 @@ def train(
     with RunFolder.create(job, cfg).recording() as run:
         if not run.resumed:
             _prepare_data(run, prepare, data_of)
+            run.folder.send_data()
         with connected(cfg.ray):
             check_placement(cfg.ray)
-            check_shared_folder(cfg.ray, run.path)
+            check_shared_folder(cfg.ray, run.folder)
+            run.leave_to_workers()
             summary = _fit(task_class, cfg, run, job, callbacks, trainer_class)
+        run.folder.receive_results()
         run.write_report(summary)
         plot_training(run.path)
     return TrainedRun(run.path, summary)
@@ -109,7 +113,7 @@ def _fit(
             "task": f"{task_class.__module__}:{task_class.__qualname__}",
             "config": cfg.model_dump(mode="json"),
             "config_class": f"{type(cfg).__module__}:{type(cfg).__qualname__}",
-            "run_dir": str(run.path),
+            "run_dir": run.folder.place,
             "threads": max(1, int(cfg.ray.cpus_per_worker)),
         },
         scaling_config=ray.train.ScalingConfig(
@@ -127,17 +131,17 @@ def _fit(
             callbacks=list(callbacks),
         ),
     )
-    withdraw_stop(run.path)
-    stop = SignalStop(run.path)
+    withdraw_stop(run.folder)
+    stop = SignalStop(run.folder)
     with training_progress(run.path, total_steps=steps, description=cfg.run.note or job):
         try:
             summary = stop.call(lambda: trainer.fit().return_value)
         except TrainingFailedError as error:
-            raise TrainingError(f"{_reason(error)} Resume with `run.dir={run.path}`.") from error
+            raise TrainingError(f"{_reason(error)} Resume with `run.dir={run.folder.place}`.") from error
         except KeyboardInterrupt:
-            raise RunInterrupted(run.path, stop.received or signal.SIGINT) from None
+            raise RunInterrupted(run.folder.place, stop.received or signal.SIGINT) from None
     if summary is None:
-        raise RunInterrupted(run.path, stop.received or signal.SIGINT)
+        raise RunInterrupted(run.folder.place, stop.received or signal.SIGINT)
     return summary
 
 
@@ -145,6 +149,7 @@ def _train_worker(loop: dict[str, Any]) -> dict[str, float] | None:
     """What runs in each Ray Train worker."""
     import ray.train
     import torch
+    import torch.distributed as dist
     from transformers.utils import logging as transformers_logging
 
     # Ray would log every report of every worker; our own progress says what matters.
@@ -156,9 +161,12 @@ def _train_worker(loop: dict[str, Any]) -> dict[str, float] | None:
         os.environ["DS_ACCELERATOR"] = "cpu"
     torch.set_num_threads(loop["threads"])
     cfg = validate_config(_load(loop["config_class"]), loop["config"], "worker")
-    run_dir = Path(loop["run_dir"])
-    task = _load(loop["task"])(cfg, run_dir / "data")
-    return run_training(task, cfg, run_dir, report=ray.train.report, evicted=_evicted)
+    folder = open_folder(loop["run_dir"])
+    if leads_node():
+        folder.receive_data()
+    dist.barrier()
+    task = _load(loop["task"])(cfg, folder.path / "data")
+    return run_training(task, cfg, folder, report=ray.train.report, evicted=_evicted)
 
 
 def _evicted() -> bool:

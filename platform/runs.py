@@ -11,6 +11,7 @@ import os
 import secrets
 import shlex
 import signal
+import socket
 import sys
 import time
 import traceback
@@ -25,6 +26,15 @@ import yaml
 from eagleray.platform import storage
 from eagleray.platform.config import ConfigError, config_hash, diff_configs, flatten, to_yaml
 from eagleray.platform.environment import describe_environment, in_submitted_job
+from eagleray.platform.lease import Lease
+from eagleray.platform.remote import (
+    WORKERS_PARTS,
+    RemoteFolder,
+    SharedFolder,
+    TransferError,
+    is_uri,
+    open_folder,
+)
 from eagleray.platform.sections import JobConfig, RunSection
 from eagleray.platform.tracking import METRICS_FILE
 
@@ -51,50 +61,66 @@ _PROGRESS = (METRICS_FILE, REPORT_FILE, "checkpoints", "model", "scores", "trial
 class RunFinishedError(ConfigError):
     """The run in the folder has finished; there is nothing to resume."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, place: str) -> None:
+        results = f"{place}/{REPORT_FILE} holds" if is_uri(place) else f"`eagleray runs show {place}` prints"
         super().__init__(
-            f"{path}: this run has finished; `eagleray runs show {path}` prints its results. "
-            "Set another `run.dir`, or none, for a new run."
+            f"{place}: this run has finished; {results} its results. Set another `run.dir`, or none, for a new run."
         )
-        self.path = path
+        self.place = place
 
 
 class RunInterrupted(KeyboardInterrupt):
     """The run was stopped by Ctrl-C, a termination signal or a request in its folder, and can be resumed."""
 
-    def __init__(self, path: Path, number: signal.Signals = signal.SIGINT) -> None:
-        super().__init__(f"interrupted: {path}")
-        self.path = path
+    def __init__(self, place: str | Path, number: signal.Signals = signal.SIGINT) -> None:
+        super().__init__(f"interrupted: {place}")
+        self.place = str(place)
         self.signal = number
 
 
 class RunFolder:
     """Paths of a run folder and, in the driver that holds its lock, the writing of its records."""
 
-    def __init__(self, path: str | Path) -> None:
-        self.path = Path(path).expanduser().absolute()
+    def __init__(self, place: str | Path) -> None:
+        place = str(place)
+        self.folder = open_folder(place if is_uri(place) else str(Path(place).expanduser().absolute()))
+        """Where the run is kept; at a URI, `path` is a working copy."""
+        self.path = self.folder.path
         self.resumed = False
         """Whether earlier attempts left something to go on from."""
         self._lock = storage.FolderLock(self.path)
+        self._lease = Lease(self.folder) if isinstance(self.folder, RemoteFolder) else None
+        self._others_send: tuple[str, ...] = ()
 
     @classmethod
-    def create(cls, job: str, cfg: JobConfig) -> RunFolder:
+    def create(cls, job: str, cfg: JobConfig, *, shared: bool = False) -> RunFolder:
         """Make a new run folder, or open the existing one that `run.dir` names to resume its run.
 
         The folder stays locked for this process until `recording` ends or `close` is called.
+
+        Args:
+            job: Name of the job.
+            cfg: Its config.
+            shared: Whether other processes write into the folder, so that it must be one that all nodes see.
 
         Raises:
             RunFinishedError: The run in the folder has finished.
             ConfigError: The folder cannot be written or is in use, or holds another job, another config or
                 files that are not a run.
         """
-        run = cls(_choose_path(job, cfg.run))
+        place = _choose_place(job, cfg.run)
+        if shared and is_uri(place):
+            raise ConfigError(
+                f"The run folder is {place}; the parts of a run of `{job}` are written by several processes, which "
+                "need a path on a local or shared file system, e.g. /mnt/shared/runs/first."
+            )
         try:
+            run = cls(place)
             run.path.mkdir(parents=True, exist_ok=True)
-            if not run.config.exists():
-                _refuse_foreign_files(run.path)
+            _refuse_foreign_files(run.folder)
             run._lock.acquire()
             try:
+                run._check_out()
                 run._open(job, cfg)
             except BaseException:
                 run.close()
@@ -103,14 +129,38 @@ class RunFolder:
             raise ConfigError(f"{error} Wait for it to end, or set another `run.dir`.") from None
         except OSError as error:
             raise ConfigError(
-                f"{run.path}: the run folder cannot be written ({error.strerror}). Set `run.dir` or `run.root` "
+                f"{place}: the run folder cannot be written ({error.strerror or error}). Set `run.dir` or `run.root` "
                 "to a folder that you may write to, on a disk with free space."
             ) from None
         return run
 
     def close(self) -> None:
         """Give up the lock."""
+        if self._lease is not None:
+            self._lease.release()
         self._lock.release()
+
+    def leave_to_workers(self) -> None:
+        """From now on, training workers send what they write themselves, if the folder is at a URI."""
+        self._others_send = ("checkpoints", "data", *WORKERS_PARTS)
+
+    def _check_out(self) -> None:
+        if isinstance(self.folder, RemoteFolder):
+            self.folder.probe()
+            assert self._lease is not None
+            self._lease.acquire()
+            self.folder.check_out()
+
+    def _check_in(self) -> None:
+        if not isinstance(self.folder, RemoteFolder):
+            return
+        try:
+            self.folder.check_in(but=self._others_send)
+        except OSError as problem:
+            raise TransferError(
+                f"What the run wrote could not be sent ({problem}); it lies in {self.path} of {socket.gethostname()}. "
+                "Resume the run when the place can be reached."
+            ) from problem
 
     @property
     def config(self) -> Path:
@@ -154,7 +204,7 @@ class RunFolder:
         for key, value in fields.items():
             old = values.get(key)
             values[key] = {**old, **value} if isinstance(old, dict) and isinstance(value, Mapping) else value
-        storage.write_json(self.manifest, values)
+        self._write_manifest(values)
 
     def write_report(self, report: Mapping[str, Any]) -> None:
         """Write the final metrics; numbers may be tensors or arrays."""
@@ -172,15 +222,16 @@ class RunFolder:
         self._record("running")
         try:
             yield self
+            self._check_in()  # before the status: who reads "finished" must find the results
         except (KeyboardInterrupt, SystemExit) as stop:
             self._record_end("interrupted", start)
             if isinstance(stop, RunInterrupted):
                 raise
             number = signal.SIGTERM if isinstance(stop, SystemExit) else signal.SIGINT
-            raise RunInterrupted(self.path, number) from stop
+            raise RunInterrupted(self.folder.place, number) from stop
         except BaseException as error:
             self._record_end("failed", start, error)
-            error.add_note(f"Run folder: {self.path}")
+            error.add_note(f"Run folder: {self.folder.place}")
             raise
         else:
             self._record_end("finished", start)
@@ -220,14 +271,15 @@ class RunFolder:
             "attempts": [*attempts, attempt],
         }
         # The config last: a folder counts as a run from then on.
-        storage.write_json(self.manifest, values)
+        self._write_manifest(values)
         storage.write_text(self.config, to_yaml(cfg))
-        logger.info("Run folder: %s%s", self.path, " (resumed)" if self.resumed else "")
+        self.folder.send(CONFIG_FILE)
+        logger.info("Run folder: %s%s", self.folder.place, " (resumed)" if self.resumed else "")
 
     def _check_resumable(self, job: str, cfg: JobConfig, old: dict[str, Any]) -> None:
         if old.get("job", job) != job:
             raise ConfigError(
-                f"{self.path} holds a run of `{old['job']}`, not of `{job}`. Set another `run.dir`."
+                f"{self.folder.place} holds a run of `{old['job']}`, not of `{job}`. Set another `run.dir`."
             )
         if old.get("status") != "finished" and not self._has_progress():
             # Nothing is lost by a changed config here; typically the first attempt failed over a typing error.
@@ -237,16 +289,16 @@ class RunFolder:
         if changes:
             lines = "\n".join(f"  - {key}: {was!r} -> {now!r}" for key, (was, now) in changes.items())
             raise ConfigError(
-                f"{self.path} holds a run with another config:\n{lines}\n"
+                f"{self.folder.place} holds a run with another config:\n{lines}\n"
                 "Take the old values to resume it, or set another `run.dir` for a new run."
             )
         if old.get("config_hash") != _experiment_hash(cfg):
             raise ConfigError(
-                f"{self.config} was edited after the run had started, so the run cannot be resumed truthfully. "
-                "Undo the edit, or set another `run.dir` for a new run."
+                f"{self.folder.place}/{CONFIG_FILE} was edited after the run had started, so the run cannot be resumed "
+                "truthfully. Undo the edit, or set another `run.dir` for a new run."
             )
         if old.get("status") == "finished":
-            raise RunFinishedError(self.path)
+            raise RunFinishedError(self.folder.place)
         self.resumed = True
 
     def _has_progress(self) -> bool:
@@ -265,7 +317,11 @@ class RunFolder:
         if "ended" in attempt_fields:
             values["ended"] = attempt_fields["ended"]
             values["wall_seconds"] = round(sum(a.get("wall_seconds", 0.0) for a in values["attempts"]), 2)
+        self._write_manifest(values)
+
+    def _write_manifest(self, values: dict[str, Any]) -> None:
         storage.write_json(self.manifest, values)
+        self.folder.send(MANIFEST_FILE)
 
     def _record_end(self, status: Status, start: float, error: BaseException | None = None) -> None:
         fields: dict[str, Any] = {"ended": _now(), "wall_seconds": round(time.monotonic() - start, 2)}
@@ -273,20 +329,19 @@ class RunFolder:
             fields["error"] = f"{type(error).__name__}: {error}"
             fields["traceback"] = "".join(traceback.format_exception(error))
         try:
+            if status != "finished":
+                self._check_in()
             self._record(status, **fields)
         except OSError as problem:
             # A full disk must not replace the error that matters.
             logger.warning("%s: the end of the run could not be recorded: %s", self.manifest, problem)
 
 
-def _choose_path(job: str, section: RunSection) -> Path:
-    for key, value in (("run.dir", section.dir), ("run.root", section.root)):
-        if value is not None and "://" in value:
-            raise ConfigError(
-                f"`{key}` is {value!r}; a run folder must be a path on a local or shared file system, "
-                "e.g. /mnt/shared/runs/first. Mount the bucket, or copy the folder there after the run."
-            )
-    path = Path(section.dir if section.dir is not None else Path(section.root) / job / new_run_name())
+def _choose_place(job: str, section: RunSection) -> str:
+    place = section.dir if section.dir is not None else run_place(section.root, job, new_run_name())
+    if is_uri(place):
+        return place
+    path = Path(place)
     if in_submitted_job() and not path.expanduser().is_absolute():
         # Here a relative path would mean Ray's copy of the working tree, which Ray deletes.
         path = Path.home() / path
@@ -296,7 +351,12 @@ def _choose_path(job: str, section: RunSection) -> Path:
             "root" if section.dir is None else "dir",
             path,
         )
-    return path
+    return str(path)
+
+
+def run_place(root: str, job: str, name: str) -> str:
+    """The run folder of a new run: a path or, if `root` is one, a URI."""
+    return f"{root.rstrip('/')}/{job}/{name}" if is_uri(root) else str(Path(root) / job / name)
 
 
 def new_run_name() -> str:
@@ -308,14 +368,13 @@ def _experiment_hash(cfg: JobConfig) -> str:
     return config_hash(cfg, exclude=tuple(FREE_ON_RESUME))
 
 
-def _refuse_foreign_files(path: Path) -> None:
+def _refuse_foreign_files(folder: SharedFolder) -> None:
     """`run.dir=.` would otherwise spread a run over somebody's project."""
-    foreign = [
-        p.name for p in path.iterdir() if not p.name.startswith(".") and p.name not in (MANIFEST_FILE, "data")
-    ]
-    if foreign:
+    names = folder.names()
+    foreign = [n for n in names if not n.startswith(".") and n not in (MANIFEST_FILE, "data")]
+    if foreign and CONFIG_FILE not in names:
         raise ConfigError(
-            f"{path} is not a run folder: it holds `{min(foreign)}`{' and more' if len(foreign) > 1 else ''} but no "
+            f"{folder.place} is not a run folder: it holds `{min(foreign)}`{' and more' if len(foreign) > 1 else ''} but no "
             f"{CONFIG_FILE}. Set `run.dir` to a new or empty folder."
         )
 

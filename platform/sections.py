@@ -16,9 +16,9 @@ class RunSection(Config):
     """Where the run is recorded."""
 
     dir: str | None = None
-    """Run folder; an existing one is resumed. Default: `<root>/<job>/<time>-<id>`."""
+    """Run folder, a path or an fsspec URI; an existing one is resumed. Default: `<root>/<job>/<time>-<id>`."""
     root: str = "runs"
-    """Folder in which new run folders are made."""
+    """Folder or URI in which new run folders are made."""
     note: str = ""
     """Free text kept in the manifest."""
 

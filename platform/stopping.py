@@ -16,6 +16,8 @@ from pathlib import Path
 from types import FrameType
 from typing import TypeVar
 
+from eagleray.platform.remote import SharedFolder
+
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
@@ -28,21 +30,21 @@ def request_stop(run_dir: Path) -> None:
     (run_dir / _STOP_FILE).touch()
 
 
-def stop_requested(run_dir: Path) -> bool:
-    """Whether the run in this folder was asked to stop."""
-    return (run_dir / _STOP_FILE).exists()
+def stop_requested(folder: SharedFolder) -> bool:
+    """Whether the run in this folder was asked to stop; at a URI, some seconds ago."""
+    return (folder.path / _STOP_FILE).exists() or folder.asked(_STOP_FILE)
 
 
-def withdraw_stop(run_dir: Path) -> None:
+def withdraw_stop(folder: SharedFolder) -> None:
     """Forget the request that an earlier attempt followed."""
-    (run_dir / _STOP_FILE).unlink(missing_ok=True)
+    folder.remove(_STOP_FILE)
 
 
 class SignalStop:
     """Turns the first SIGINT or SIGTERM into a request to stop, and a second one into `KeyboardInterrupt`."""
 
-    def __init__(self, run_dir: Path) -> None:
-        self._run_dir = run_dir
+    def __init__(self, folder: SharedFolder) -> None:
+        self._folder = folder
         self.received: signal.Signals | None = None
         """The first signal, if there was one."""
 
@@ -72,7 +74,9 @@ class SignalStop:
         if self.received is not None:
             raise KeyboardInterrupt
         self.received = signal.Signals(number)
-        request_stop(self._run_dir)
+        request_stop(self._folder.path)
+        # Not here, in the middle of whatever was interrupted: sending may take its time.
+        threading.Thread(target=self._folder.send_soon, args=(_STOP_FILE,), daemon=True).start()
         logger.warning(
             "%s: the run saves a checkpoint at its next step and stops. Once more: stop at once.",
             self.received.name,

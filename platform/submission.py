@@ -17,6 +17,7 @@ from typing import Any
 
 import httpx
 
+import eagleray
 from eagleray.platform.environment import checkout
 
 STOPPED = 130
@@ -32,19 +33,21 @@ class SubmissionError(ValueError):
 
 @contextmanager
 def package(files: dict[str, str]) -> Iterator[Path]:
-    """The folder that a job runs in: the working tree, if Eagleray runs from one, and some files more.
+    """The folder that a job runs in: this code, so that the cluster runs the same, and some files more.
 
-    The tree is linked, not copied; Ray follows the links and leaves out what `.rayignore` and `.gitignore` name.
-    Where Eagleray is installed as a package, the cluster must have it installed too.
+    The code is the working tree or, where Eagleray is installed as a package, that package. It is linked, not copied;
+    Ray follows the links and leaves out what `.rayignore` and `.gitignore` name.
 
     Args:
         files: Name -> text of the further files.
     """
     with tempfile.TemporaryDirectory(prefix="eagleray-submit-") as name:
-        folder = Path(name)
-        for entry in (checkout() or folder).iterdir():
+        folder, tree = Path(name), checkout()
+        for entry in tree.iterdir() if tree else [Path(eagleray.__file__).parent]:
             if entry.name not in _NOT_SHIPPED | files.keys():
                 (folder / entry.name).symlink_to(entry)
+        if tree is None:
+            (folder / ".rayignore").write_text("__pycache__/\n", encoding="utf-8")
         for file, text in files.items():
             (folder / file).write_text(text, encoding="utf-8")
         yield folder

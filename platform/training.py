@@ -35,11 +35,12 @@ from eagleray.platform.config import config_hash
 from eagleray.platform.data.sampler import BatchSampler, cut_by_length
 from eagleray.platform.engine import build_engine, own_rates, sharded_loading
 from eagleray.platform.pretrained import export_model
+from eagleray.platform.remote import WORKERS_PARTS, SharedFolder
 from eagleray.platform.runs import FREE_ON_RESUME
 from eagleray.platform.sections import TrainingConfig, TrainSection
 from eagleray.platform.stopping import stop_requested
 from eagleray.platform.task import Batch, Task
-from eagleray.platform.tracking import MetricsSink
+from eagleray.platform.tracking import METRICS_FILE, MetricsSink
 
 logger = logging.getLogger(__name__)
 
@@ -60,12 +61,12 @@ def total_steps(train: TrainSection, examples: int) -> int:
 def run_training(
     task: Task,
     cfg: TrainingConfig,
-    run_dir: Path,
+    folder: SharedFolder | Path,
     *,
     report: Report = lambda _: None,
     evicted: Callable[[], bool] = lambda: False,
 ) -> dict[str, float] | None:
-    """Train `task` to the end, resuming from the newest whole checkpoint in `run_dir/checkpoints`.
+    """Train `task` to the end, resuming from the newest whole checkpoint of the run folder.
 
     Without one, the run begins at step 0, or at the step of `train.start_from`.
 
@@ -74,7 +75,7 @@ def run_training(
     Args:
         task: The method's part.
         cfg: The run's config.
-        run_dir: Run folder on storage that all workers share.
+        folder: The run folder; a path is one that all workers share.
         report: Called by every worker with the metrics of each evaluation (`ray.train.report`).
         evicted: Whether this worker's machine is about to be taken away; asked before every step. The loop then
             saves a checkpoint, once, and goes on.
@@ -87,7 +88,8 @@ def run_training(
         NonFiniteLossError: The loss is NaN or infinite.
         CheckpointError: A checkpoint can't be written, or none of those there can be used.
     """
-    return _Loop(task, cfg, run_dir, report, evicted).run()
+    folder = SharedFolder(folder) if isinstance(folder, Path) else folder
+    return _Loop(task, cfg, folder, report, evicted).run()
 
 
 @dataclass(frozen=True)
@@ -107,13 +109,14 @@ class _Loop:
         self,
         task: Task,
         cfg: TrainingConfig,
-        run_dir: Path,
+        folder: SharedFolder,
         report: Report,
         evicted: Callable[[], bool],
     ) -> None:
         self.task, self.cfg, self.report, self.evicted = task, cfg, report, evicted
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
-        self.run_dir, self.model_dir, self.best_models = run_dir, run_dir / "model", run_dir / "best"
+        self.folder, self.run_dir = folder, folder.path
+        self.model_dir, self.best_models = self.run_dir / "model", self.run_dir / "best"
         self.metric = cfg.train.metric or task.metric
         self.mode = task.mode
         self.sampler = BatchSampler(
@@ -138,13 +141,16 @@ class _Loop:
         self.engine = build_engine(model, cfg, total_steps=self.steps)
         self.checkpointer = Checkpointer(
             self.engine,
-            run_dir / "checkpoints",
+            folder,
             config_hash=config_hash(cfg, exclude=[*FREE_ON_RESUME]),
             keep=cfg.train.keep_checkpoints,
         )
         self.state = self.checkpointer.restore() or self._start()
         self.saved_for_eviction = False
-        self.sink = MetricsSink(run_dir, cfg.tracking, self.state.step) if self.rank == 0 else None
+        self.sink: MetricsSink | None = None
+        if self.rank == 0:
+            folder.begin_writing()
+            self.sink = MetricsSink(self.run_dir, cfg.tracking, self.state.step)
 
     def _start(self) -> LoopState:
         if self.cfg.train.start_from is None:
@@ -180,11 +186,18 @@ class _Loop:
                 self._export(self.model_dir)
             elif self.cfg.train.average_best > 1:
                 self._average_best()
+            self._close_sink()
+            if self.rank == 0:
+                self.folder.freeze(*WORKERS_PARTS)()
             return self._summary()
         finally:
             self.checkpointer.close()
-            if self.sink:
-                self.sink.close()
+            self._close_sink()
+
+    def _close_sink(self) -> None:
+        if self.sink:
+            self.sink.close()
+            self.sink = None
 
     def _at(self, every: int) -> bool:
         return self.state.step % every == 0 or self.state.step == self.last_step
@@ -210,7 +223,7 @@ class _Loop:
             examples=sum(len(b.ids) for b in batches),
             written=self.checkpointer.written,
             # One worker looks: the file may reach the machines of the others a moment later.
-            stop=self.rank == 0 and stop_requested(self.run_dir),
+            stop=self.rank == 0 and stop_requested(self.folder),
             evicted=self.evicted(),
         )
         return _Agreed(*self._sum_over_workers(list(vars(mine).values())).tolist())
@@ -267,6 +280,7 @@ class _Loop:
         window.clear()
         if self.sink:
             self.sink.log(self.state.step, line, kind="train")
+            self.folder.send_soon(METRICS_FILE)
 
     def _evaluate_and_keep(self) -> bool:
         """Evaluate, keep the model if it is the best, checkpoint; true if training should stop."""

@@ -79,7 +79,7 @@ def main(cfg: Config) -> dict[str, Any]:
     Stages that an earlier, interrupted demo finished are not repeated.
     """
     console = Console()
-    with RunFolder.create(JOB, cfg).recording() as run, connected(cfg.ray):
+    with RunFolder.create(JOB, cfg, shared=True).recording() as run, connected(cfg.ray):
         demo = _Demo(cfg, run.path)
         demo.write_data()
         demo.train_all()

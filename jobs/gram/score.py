@@ -98,7 +98,7 @@ def main(cfg: Config) -> dict[str, Any]:
         DataError: A row does not fit (unless `pairs.on_error` is `skip`), or none is left.
     """
     pairs = cfg.pairs.resolved(".")
-    with RunFolder.create(JOB, cfg).recording() as run:
+    with RunFolder.create(JOB, cfg, shared=True).recording() as run:
         _check_unchanged(run, pairs)
         parts = [part for source in pairs.sources for part in cut_into_parts(source, rows=cfg.rows_per_part)]
         folder = run.path / "scores"

@@ -86,7 +86,7 @@ def main(cfg: Config) -> dict[str, Any]:
     Returns:
         The report: `phases` (one entry each: summary, hashes, trained parameters) and `evaluation`.
     """
-    with RunFolder.create(JOB, cfg).recording() as run, connected(cfg.ray):
+    with RunFolder.create(JOB, cfg, shared=True).recording() as run, connected(cfg.ray):
         model = _start(cfg, run)
         phases: list[dict[str, Any]] = []
         for place, section in enumerate(cfg.phases):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -17,7 +18,7 @@ import pytest
 import yaml
 
 from eagleray.jobs.cli import main
-from eagleray.jobs.submit import prepare
+from eagleray.jobs.submit import _places, prepare, render
 from eagleray.platform.config import ConfigError
 from eagleray.platform.local_cluster import LocalCluster, local_cluster
 from eagleray.platform.submission import STOPPED, SubmissionError, connect
@@ -50,9 +51,11 @@ class Site:
             timeout=400,  # on a busy machine, workers alone may take minutes to start
         )
 
-    def submit(self, *arguments: object, cwd: Path, **variables: str) -> subprocess.CompletedProcess[str]:
+    def submit(
+        self, *arguments: object, cwd: Path, code: Path = ROOT, **variables: str
+    ) -> subprocess.CompletedProcess[str]:
         command = ["eagleray.jobs.cli", "submit", "--address", self.cluster.dashboard, *map(str, arguments)]
-        return self.run(*command, cwd=cwd, PYTHONPATH=str(ROOT), **variables)
+        return self.run(*command, cwd=cwd, PYTHONPATH=str(code), **variables)
 
 
 @pytest.fixture(scope="module")
@@ -102,13 +105,28 @@ def test_a_config_from_another_folder_runs_on_the_cluster(site: Site, folder: Pa
     )
 
 
-def test_the_exit_code_is_the_jobs_and_a_relative_root_is_made_to_last(site: Site, folder: Path) -> None:
-    done = site.submit("mine.yaml", "ray.num_workers=4", "train.micro_batch_size=1", cwd=folder)
+@pytest.fixture
+def installed(tmp_path: Path) -> Path:
+    """Eagleray as a wheel unpacks it, real folders in place of links and no repository around, as another version."""
+    package = tmp_path / "site-packages" / "eagleray"
+    shutil.copytree(ROOT / "eagleray", package, ignore=shutil.ignore_patterns("__pycache__"))
+    (package / "__init__.py").write_text('__version__ = "0.0.7"\n')
+    return package.parent
+
+
+def test_the_exit_code_is_the_jobs_and_a_relative_root_is_made_to_last(
+    site: Site, folder: Path, installed: Path
+) -> None:
+    """Sent from an installed package: the cluster, which has another version, runs that one."""
+    done = site.submit(
+        "mine.yaml", "ray.num_workers=4", "train.micro_batch_size=1", cwd=folder, code=installed
+    )
     assert done.returncode == 2, done.stdout + done.stderr
     assert "places at most 2 such worker(s)" in done.stdout
     assert "`run.dir` is relative, and a submitted job's own folder does not last" in done.stdout
     [run] = (site.home / "runs" / "gram.finetune").iterdir()
     assert manifest(run)["status"] == "failed" and f"Results:   ~/{run.relative_to(site.home)}" in done.stderr
+    assert manifest(run)["eagleray"] == "0.0.7"
 
 
 def test_plain_ray_job_submit_of_the_working_tree(site: Site, tmp_path: Path) -> None:
@@ -194,6 +212,17 @@ def test_paths_of_the_config_no_longer_depend_on_the_folder(
     assert dumped["eval"][0]["sources"][0]["path"] == "hub/name"  # nothing of this machine
     assert job.local_paths == [str(folder / "pair*.jsonl")]
     assert job.config.run.dir is not None and job.config.run.dir.startswith("runs/gram.finetune/")
+
+
+def test_results_may_go_to_a_uri(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(folder)
+    job = prepare(Path("mine.yaml"), ["run.root=s3://bucket/runs/"])
+    assert str(job.config.run.dir).startswith("s3://bucket/runs/gram.finetune/20")
+    assert _places(job).startswith(f"Results:   {job.config.run.dir}\n")
+    rendered = render(
+        TINY, ["run.root=s3://bucket/runs", "kube.image=eagleray:1", "kube.storage_claim=files"]
+    )
+    assert "dir: s3://bucket/runs/gram.finetune/20" in rendered  # and not a folder of the claim
 
 
 def test_the_address_is_asked_for(

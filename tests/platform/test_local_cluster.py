@@ -23,28 +23,30 @@ PROBE = """
     from pathlib import Path
     import ray
     from eagleray.platform import cluster
+    from eagleray.platform.remote import open_folder
     from eagleray.platform.sections import RaySection
 
     address, folder = sys.argv[1], Path(sys.argv[2])
     section = RaySection(address=address, num_workers=2)
     with cluster.connected(section):
         cluster.check_placement(section)
-        cluster.check_shared_folder(section, folder)
-        assert list(folder.iterdir()) == [], "the probe leaves nothing behind"
+        for place in (str(folder), f"file://{folder}"):
+            cluster.check_shared_folder(section, open_folder(place))
+            assert list(folder.iterdir()) == [], "the probe leaves nothing behind"
         print("shared")
         [head, other] = sorted(ray.nodes(), key=lambda n: n["NodeID"] != ray.get_runtime_context().get_node_id())
 
-        def on_its_own_disk(marker, text, answer, there=other["NodeID"], real=cluster._answer_marker):
+        def on_its_own_disk(place, marker, text, answer, there=other["NodeID"], real=cluster._answer_marker):
             here = ray.get_runtime_context().get_node_id()
-            return real(marker.with_name("not") / "here" if here == there else marker, text, answer)
+            return real(place, "not/here" if here == there else marker, text, answer)
 
-        def to_nowhere(marker, text, answer):
+        def to_nowhere(place, marker, text, answer):
             return None
 
         for answer in (on_its_own_disk, to_nowhere):
             cluster._answer_marker = answer
             try:
-                cluster.check_shared_folder(section, folder)
+                cluster.check_shared_folder(section, open_folder(str(folder)))
             except cluster.SharedStorageError as error:
                 print(f"{other['NodeID'][:8]} {error}")
 """

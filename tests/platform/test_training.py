@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from toy_task import ToyTask, run_workers, toy_config, write_toy_data
 
 from eagleray.platform.checkpoints import CheckpointError
+from eagleray.platform.remote import SharedFolder
 from eagleray.platform.stopping import withdraw_stop
 from eagleray.platform.training import NonFiniteLossError, run_training, seed_step, total_steps
 
@@ -108,7 +109,7 @@ def test_resumed_run_is_bit_identical(tmp_path: Path, stage: int) -> None:
 def _stop_after(rank: int, runs: dict[str, list[str]], calls: int | None) -> None:
     """Train until the loss was computed `calls` times; `None`: to the end."""
     for folder, overrides in runs.items():
-        withdraw_stop(Path(folder))
+        withdraw_stop(SharedFolder(Path(folder)))
         dist.barrier()
         ToyTask.stop_at_call = calls
         finished = _train(Path(folder), *overrides)
