@@ -28,6 +28,7 @@ JOBS = {
     "lisa.convert": "eagleray.jobs.lisa.convert",
     "lisa.train": "eagleray.jobs.lisa.train",
     "lisa.evaluate": "eagleray.jobs.lisa.evaluate",
+    "lisa.measure": "eagleray.jobs.lisa.measure",
     "nast.prepare": "eagleray.jobs.nast.prepare",
     "nast.train": "eagleray.jobs.nast.train",
     "nast.translate": "eagleray.jobs.nast.translate",

@@ -15,7 +15,7 @@ import importlib
 import json
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -34,7 +34,9 @@ from eagleray.platform.space import (
     Space,
     SweepPlan,
     check_space,
+    limit_space,
     number_of_trials,
+    trial_config,
 )
 from eagleray.platform.sweep_report import write_best, write_results
 from eagleray.platform.sweep_results import PointResult, TrialRecord, join_segments, rank_points, read_trial
@@ -52,7 +54,8 @@ SPACES = {
     "margin_scale": "eagleray.tune_spaces.margin_scale",
     "nast": "eagleray.tune_spaces.nast",
 }
-"""Space name -> module with `space(search)` and, unless the job's own metric selects, `METRIC`, `MODE`, `CURVES`."""
+"""Space name -> module with `space(search)` and, unless the job's own metric selects, `METRIC`, `MODE`, `CURVES`; perhaps
+with `FURTHER` objectives and a key that is `LIMITED_BY_MODEL`."""
 
 _RANDOM_SAMPLES = 10
 
@@ -182,7 +185,8 @@ def load_space(name: str, search: SearchName, job: Job) -> Space:
     module = _space_module(name)
     domains, curves = module.space(search), getattr(module, "CURVES", ())
     if hasattr(module, "METRIC"):
-        return Space(name, domains, module.METRIC, module.MODE, curves)
+        further = tuple(Objective.parse(text) for text in getattr(module, "FURTHER", ()))
+        return Space(name, domains, module.METRIC, module.MODE, curves, further)
     task = _task(job)
     return Space(name, domains, task.metric, task.mode, curves)
 
@@ -225,6 +229,9 @@ def _plan(cfg: Config) -> SweepPlan:
     base = validate_config(job.Config, values, "trial")
     space = load_space(cfg.space, cfg.chosen_search, job)
     space = space.judged_by([Objective.parse(text) for text in cfg.objectives])
+    limited = getattr(_space_module(cfg.space), "LIMITED_BY_MODEL", None)
+    if limited is not None:
+        space = limit_space(space, limited, job.Config, values)
     check_space(space, job.Config, values, search=cfg.chosen_search)
     values = _kept_alike(values, base.train, space, _task(job))
     build_scheduler(cfg.scheduler, base.train)  # refuses what it cannot work with, before anything starts
@@ -270,6 +277,7 @@ def _kept_alike(
 
 def _sweep(plan: SweepPlan, cfg: Config, run: RunFolder) -> SweptRun:
     run.update_manifest(seeds={"sweep": list(plan.seeds)})
+    plan = _with_common_work(plan, run.path)
     with connected(cfg.ray):
         max_concurrent = _concurrency(plan, cfg)
         trials = _run(plan, run, max_concurrent)
@@ -281,6 +289,16 @@ def _sweep(plan: SweepPlan, cfg: Config, run: RunFolder) -> SweptRun:
     exploits = Population.load(run.path).exploits
     table = write_results(plan, run, trials, results, exploits)
     return SweptRun(run.path, table, write_best(plan, run, results[0]))
+
+
+def _with_common_work(plan: SweepPlan, folder: Path) -> SweepPlan:
+    """The plan with what its job does once for all trials (`prepare_sweep(cfg, folder)`), if it has such work."""
+    prepare = getattr(importlib.import_module(plan.main.__module__), "prepare_sweep", None)
+    if prepare is None:
+        return plan
+    common = prepare(validate_config(plan.config_class, plan.config, "trial"), folder.absolute())
+    trial = trial_config(plan.config_class, plan.config, common, source="trial")
+    return replace(plan, config=trial.model_dump(mode="json"))
 
 
 def _run(plan: SweepPlan, run: RunFolder, max_concurrent: int) -> list[TrialRecord]:

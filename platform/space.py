@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -14,6 +15,8 @@ from ray.tune.search.sample import Categorical, Domain
 from eagleray.platform import storage
 from eagleray.platform.config import ConfigError, validate_config
 from eagleray.platform.sections import TrainingConfig, TrainSection
+
+logger = logging.getLogger(__name__)
 
 C = TypeVar("C", bound=TrainingConfig)
 Mode = Literal["min", "max"]
@@ -147,6 +150,40 @@ def check_space(space: Space, cls: type[C], config: dict[str, Any], *, search: S
     for key, values in probes.items():
         for value in values:
             trial_config(cls, config, {**first, key: value}, source=source)
+
+
+def limit_space(space: Space, key: str, cls: type[C], config: dict[str, Any]) -> Space:
+    """The space without those values of a key that the config refuses beside some value of another key.
+
+    Args:
+        space: A space with a list of values for `key`.
+        key: Whose values depend on the model or data.
+        cls: Config class that the keys belong to.
+        config: Config of the trials without the space's values.
+
+    Raises:
+        ConfigError: No value is left; with the reason for the last one.
+    """
+    domain = space.domains[key]
+    others = {name: _probes(other) for name, other in space.domains.items() if name != key}
+    first = {name: values[0] for name, values in others.items()}
+    kept, reason = [], None
+    for value in _probes(domain):
+        try:
+            for name, values in others.items():
+                for other in values:
+                    trial_config(
+                        cls, config, {**first, name: other, key: value}, source=f"space `{space.name}`"
+                    )
+        except ConfigError as error:
+            reason = error
+            logger.info("`%s`: %s is left out: %s", key, shown(value), error)
+        else:
+            kept.append(value)
+    if not kept and reason is not None:
+        raise reason
+    limited = {"grid_search": kept} if is_grid(domain) else Categorical(kept).uniform()
+    return replace(space, domains={**space.domains, key: limited})
 
 
 def trial_config(cls: type[C], config: Mapping[str, Any], point: Mapping[str, Any], *, source: str) -> C:

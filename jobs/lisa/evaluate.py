@@ -1,28 +1,31 @@
-"""Perplexity, speed and cache of models side by side, e.g. a teacher and what became of it.
+"""Quality of models side by side, e.g. a teacher and what became of it: perplexity on held-out text, benchmark tasks.
 
     python -m eagleray.jobs.lisa.evaluate --config configs/lisa/evaluate_tiny.yaml
 
-The first model is the reference. Speed depends on the machine and its load: the models take turns, and a figure is the
-median over rounds.
+The first model is the reference. With `baselines` each converted model stands beside two models that nobody trained: the
+reference with plain sharing at the same layers, and with the heads in the order that fits best. `tasks` needs
+lm-evaluation-harness (`pip install 'eagleray[lm-eval]'`). Speed, memory and cache are the business of `lisa.measure`.
 """
 
 from __future__ import annotations
 
 import math
-import time
-from statistics import median
+from collections.abc import Iterator
 from typing import Any, Literal
 
-import torch
 from pydantic import Field
 from torch import Tensor
-from transformers import AutoModelForCausalLM, DynamicCache
+from transformers import AutoModelForCausalLM
 
 import eagleray.models.lisa.model  # noqa: F401 - registers the converted models
 from eagleray.jobs.lisa.sections import BlocksSection, as_texts
-from eagleray.models.lisa.cache import cache_bytes
+from eagleray.models.lisa.accounting import added_parameters
+from eagleray.models.lisa.baselines import direct_sharing, permuted_direct_sharing
 from eagleray.models.lisa.probe import token_loss
+from eagleray.models.lisa.similarity import layer_similarity
+from eagleray.models.lisa.spec import LisaSpec
 from eagleray.platform.config import Config as Section
+from eagleray.platform.config import ConfigError
 from eagleray.platform.pretrained import load_pretrained, load_tokenizer
 from eagleray.platform.runs import RunFolder
 from eagleray.platform.sections import JobConfig, ModelSection
@@ -30,17 +33,19 @@ from eagleray.platform.sections import JobConfig, ModelSection
 JOB = "lisa.evaluate"
 
 
-class SpeedSection(Section):
-    """What is timed."""
+class TasksSection(Section):
+    """Benchmarks of lm-evaluation-harness."""
 
-    batch_size: int = Field(default=4, ge=1)
-    """Sequences."""
-    prompt: int = Field(default=128, ge=1)
-    """Tokens of a prompt; at most a block."""
-    new_tokens: int = Field(default=16, ge=1)
-    """Tokens decoded after it."""
-    rounds: int = Field(default=3, ge=1)
-    """Repetitions; the first of them warms up and does not count if there are more."""
+    names: list[str] = Field(min_length=1)
+    """Tasks or groups, e.g. `[piqa, mmlu, hellaswag, arc_easy]`."""
+    num_fewshot: int | None = Field(default=None, ge=0)
+    """Examples in a prompt; default: each task's own."""
+    limit: int | None = Field(default=None, ge=1)
+    """Documents of each task; default: all."""
+    batch_size: int = Field(default=8, ge=1)
+    """Requests at a time."""
+    folder: str | None = None
+    """Folder with tasks of your own, as YAML files of the harness."""
 
 
 class Config(JobConfig):
@@ -48,56 +53,91 @@ class Config(JobConfig):
 
     job: Literal["lisa.evaluate"] = JOB
     models: dict[str, ModelSection] = Field(min_length=1)
-    """Name -> model; the first is the reference."""
+    """Name -> model; the first is the reference, whose tokenizer all of them use."""
     data: BlocksSection
-    speed: SpeedSection | None = SpeedSection()
-    """Null: perplexity only."""
+    baselines: bool = False
+    """Also evaluate what sharing without training makes of the reference, at the layers of each converted model."""
+    order_blocks: int = Field(default=4, ge=1)
+    """Blocks of training text that decide the order of heads of the second baseline."""
+    tasks: TasksSection | None = None
+    """Benchmark tasks; default: perplexity only."""
 
 
 def main(cfg: Config) -> dict[str, Any]:
     """Evaluate all models, report."""
+    if cfg.tasks is not None:
+        _harness()  # missing is better known before than after hours
     with RunFolder.create(JOB, cfg).recording() as run:
-        models = {
-            name: load_pretrained(AutoModelForCausalLM, section).eval()
-            for name, section in cfg.models.items()
-        }
         tokenizer = load_tokenizer(next(iter(cfg.models.values())))
         texts = as_texts(cfg.data.blocks(tokenizer, "dev"))
         report: dict[str, Any] = {}
-        for name, model in models.items():
+        reference = None
+        for name, model in _subjects(cfg, tokenizer):
             loss = token_loss(model, texts)
+            reference = loss if reference is None else reference
+            spec = LisaSpec.from_dict(getattr(model.config, "lisa_attention", None) or {})
             report[name] = {
                 "loss": loss,
                 "perplexity": math.exp(min(loss, 700.0)),
-                "parameters": sum(p.numel() for p in model.parameters()),
+                "perplexity_over_reference": math.exp(min(loss - reference, 700.0)),
+                "parameters": model.num_parameters(),
+                "added_parameters": added_parameters(model.config, spec),
+                "shared_layers": list(spec.shared_layers),
             }
-        if cfg.speed is not None:
-            ids = texts[0][:1, : cfg.speed.prompt].expand(cfg.speed.batch_size, -1)
-            runs: dict[str, list[dict[str, float]]] = {name: [] for name in models}
-            for _ in range(cfg.speed.rounds):
-                for name, model in models.items():
-                    runs[name].append(measure(model, ids, new_tokens=cfg.speed.new_tokens))
-            for name, found in runs.items():
-                counted = found[1:] or found
-                report[name] |= {key: median(f[key] for f in counted) for key in counted[0]}
+            if cfg.tasks is not None:
+                report[name]["tasks"] = _run_tasks(cfg.tasks, model, tokenizer)
         run.write_report(report)
     return report
 
 
-@torch.no_grad()
-def measure(model: Any, ids: Tensor, *, new_tokens: int) -> dict[str, float]:
-    """Seconds of a prompt [B, T], decoded tokens a second, bytes of the cache at the end."""
-    cache = DynamicCache(config=model.config)
-    started = time.perf_counter()
-    token = model(input_ids=ids, past_key_values=cache, logits_to_keep=1).logits[:, -1:].argmax(-1)
-    prompted = time.perf_counter()
-    for _ in range(new_tokens):
-        token = model(input_ids=token, past_key_values=cache).logits[:, -1:].argmax(-1)
-    seconds = time.perf_counter() - prompted
+def _subjects(cfg: Config, tokenizer: Any) -> Iterator[tuple[str, Any]]:
+    """Name and model; the reference stays in memory, of the others one at a time."""
+    reference, orders = None, None
+    for name, section in cfg.models.items():
+        model = load_pretrained(AutoModelForCausalLM, section).eval()
+        yield name, model
+        reference = model if reference is None else reference
+        layers = LisaSpec.from_dict(getattr(model.config, "lisa_attention", None) or {}).shared_layers
+        if not cfg.baselines or not layers:
+            continue
+        if orders is None:
+            text: list[Tensor] = [
+                row for b in as_texts(cfg.data.blocks(tokenizer, "train")[: cfg.order_blocks]) for row in b
+            ]
+            orders = layer_similarity(reference, text, adjacent_only=True)
+        yield f"{name}: direct sharing", direct_sharing(reference, layers)
+        yield f"{name}: direct sharing, heads permuted", permuted_direct_sharing(reference, layers, orders)
+
+
+def _harness() -> Any:
+    try:
+        import lm_eval  # pyright: ignore[reportMissingImports]
+    except ImportError:
+        raise ConfigError(
+            "`tasks` needs lm-evaluation-harness, which is not installed. Run `pip install 'eagleray[lm-eval]'`, or "
+            "leave `tasks` out."
+        ) from None
+    return lm_eval
+
+
+def _run_tasks(tasks: TasksSection, model: Any, tokenizer: Any) -> dict[str, dict[str, float]]:
+    """Task -> metric -> value, standard errors included."""
+    harness = _harness()
+    from lm_eval.models.huggingface import HFLM  # pyright: ignore[reportMissingImports]
+    from lm_eval.tasks import TaskManager  # pyright: ignore[reportMissingImports]
+
+    subject = HFLM(model, tokenizer=tokenizer, batch_size=tasks.batch_size, device=str(model.device))
+    found = harness.simple_evaluate(
+        subject,
+        tasks=tasks.names,
+        num_fewshot=tasks.num_fewshot,
+        limit=tasks.limit,
+        task_manager=TaskManager(include_path=tasks.folder),
+        log_samples=False,
+    )
     return {
-        "prompt_seconds": prompted - started,
-        "tokens_per_second": len(ids) * new_tokens / seconds,
-        "cache_bytes": cache_bytes(cache),
+        task: {key.removesuffix(",none"): value for key, value in values.items() if isinstance(value, float)}
+        for task, values in found["results"].items()
     }
 
 

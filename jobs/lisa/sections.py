@@ -79,6 +79,8 @@ class ShareSection(Section):
     align: AlignSection = AlignSection()
     rope: Literal["pairs", "scaled", "none"] = "pairs"
     """Rotary code of low-rank heads."""
+    past_break_even: Literal["refuse", "warn"] = "refuse"
+    """Scores that take more arithmetic than full ones: refused, or allowed for the sake of the curve over ranks."""
 
     @model_validator(mode="after")
     def _rotary_rank_is_even(self) -> ShareSection:
@@ -98,6 +100,8 @@ class ShareSection(Section):
         Raises:
             ConfigError: The scores of a shared layer take more arithmetic than full ones.
         """
+        if self.past_break_even == "warn":
+            return
         size = head_dim(config)
         for _, share in past_break_even(self.spec([1]), heads=config.num_attention_heads, size=size):
             raise ConfigError(
@@ -140,6 +144,13 @@ def choose_layers(share: ShareSection, model: Any, texts: Sequence[Tensor]) -> t
     return greedy_layers(
         rise, layer_count(count, share.fraction), kinds=layer_kinds(model.config), max_chain=share.max_chain
     )
+
+
+def write_probe(model: Any, texts: Sequence[Tensor], path: Path) -> None:
+    """Leave what `choose_layers` reads: the rise of the loss when a layer alone shares."""
+    count = model.config.num_hidden_layers
+    rise = probe_sharing(model, texts, layers=range(2, count))
+    path.write_text(json.dumps({"layers": count, "rise": rise}))
 
 
 def convert_model(

@@ -5,11 +5,13 @@
         student.path=runs/lisa.train/<run>/model
 
 `model` is the teacher. Without `student` it is converted first, as `share` and `start` say. The teacher's inputs are
-recorded once by the driver (phase `local`); the workers map them into memory and never run the teacher.
+recorded once by the driver (phase `local`), for all trials of a sweep together; the workers map them into memory and
+never run the teacher.
 """
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -21,15 +23,25 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import eagleray.models.lisa.model  # noqa: F401 - registers the converted models
-from eagleray.jobs.lisa.sections import BlocksSection, ShareSection, StartSection, as_texts, convert_model
+from eagleray.jobs.lisa.recording import Recording, check_recording, is_recorded, record
+from eagleray.jobs.lisa.sections import (
+    BlocksSection,
+    ShareSection,
+    StartSection,
+    as_texts,
+    convert_model,
+    write_probe,
+)
+from eagleray.models.lisa.accounting import cache_bytes_per_token, decode_cost
+from eagleray.models.lisa.attention_loss import recording_scores, teach
 from eagleray.models.lisa.distill import (
     LayerDistiller,
     LocalWeights,
-    record_inputs,
     recorded_layers,
     set_trained,
 )
 from eagleray.models.lisa.losses import logit_distillation, next_token_loss
+from eagleray.models.lisa.spec import LisaSpec
 from eagleray.platform.config import Config as Section
 from eagleray.platform.data.examples import write_examples
 from eagleray.platform.data.text import text_hashes
@@ -57,6 +69,8 @@ class LossSection(Section):
     """`local`: relative squared error of the attention output."""
     distillation: float = Field(default=1.0, ge=0)
     """`end_to_end`: KL of the logits, beside the language-model loss."""
+    attention: float = Field(default=0.1, ge=0)
+    """`end_to_end`: KL of attention rows, summed over the shared layers."""
     temperature: float = Field(default=1.0, gt=0)
     """`end_to_end`: of both logits."""
 
@@ -71,6 +85,8 @@ class Config(TrainingConfig):
     """A converted model to go on with; default: convert the teacher."""
     phase: Literal["local", "end_to_end"] = "local"
     """`local`: every shared layer by itself. `end_to_end`: the whole model."""
+    recorded: str | None = None
+    """`local`: folder with the teacher's inputs to its layers, as a sweep leaves it in `recorded/`; default: record."""
     trained: Literal["lisa", "full"] = "lisa"
     """`end_to_end`: only what conversion added (and `lora`, if given), or everything."""
     data: BlocksSection
@@ -103,9 +119,13 @@ class Config(TrainingConfig):
 
     @model_validator(mode="after")
     def _sharing_pays(self) -> Config:
-        """Known before anything runs if the model is a local folder, so a sweep refuses such a point."""
-        if self.student is None and (Path(self.model.path) / "config.json").is_file():
-            self.share.check_model(AutoConfig.from_pretrained(self.model.path))
+        """Known before anything runs if the model is on this machine, so a sweep leaves such a point out."""
+        if self.student is None:
+            with contextlib.suppress(OSError):
+                path, revision = self.model.path, self.model.revision
+                self.share.check_model(
+                    AutoConfig.from_pretrained(path, revision=revision, local_files_only=True)
+                )
         return self
 
     def start_student(self, data_dir: Path) -> ModelSection:
@@ -122,18 +142,16 @@ class LisaTask(Task):
     def __init__(self, cfg: Config, data_dir: Path) -> None:
         super().__init__(cfg, data_dir)
         self.cfg, self.data_dir = cfg, data_dir
-        self.inputs = {}
-        if cfg.phase == "local":
-            self.inputs = {
-                part: np.load(data_dir / f"{part}.npy", mmap_mode="r") for part in ("train", "eval")
-            }
+        self.recording: Recording | None = None
 
     def build_model(self) -> nn.Module:
         student = load_pretrained(AutoModelForCausalLM, self.cfg.start_student(self.data_dir))
         self.teacher = load_pretrained(AutoModelForCausalLM, self.cfg.model).eval().requires_grad_(False)
+        self.costs = _costs(student.config)
         set_trained(student, self.cfg.trained)
         if self.cfg.phase == "local":
             self.distiller = LayerDistiller(self.teacher, student)
+            self.recording = Recording(recording_folder(self.cfg, self.data_dir), self.distiller.layers)
             del self.teacher
             return student
         lora = self.cfg.lora
@@ -146,9 +164,9 @@ class LisaTask(Task):
         tensors = {
             "input_ids": torch.from_numpy(np.stack([row["input_ids"] for row in rows]).astype("int64"))
         }
-        if self.inputs:
-            found = np.stack([self.inputs[row["part"]][row["row"]] for row in rows]).astype("float32")
-            tensors["inputs"] = torch.from_numpy(found)
+        if self.recording is not None:
+            found = [self.recording.read(row["part"], row["row"]) for row in rows]
+            tensors["inputs"] = torch.from_numpy(np.stack(found))
         tokens = tensors["input_ids"].numel()
         return Batch(tensors, weight=tokens, ids=tuple(row["id"] for row in rows), tokens=tokens)
 
@@ -161,14 +179,27 @@ class LisaTask(Task):
     def evaluate_batch(self, model: nn.Module, tensors: dict[str, Tensor]) -> list[Any]:
         records = []
         for i in range(len(tensors["input_ids"])):
-            parts = self._parts(model, {name: tensor[i : i + 1] for name, tensor in tensors.items()})
-            records.append(({k: v.item() for k, v in parts.items()}, tensors["input_ids"].shape[1]))
+            one = {name: tensor[i : i + 1] for name, tensor in tensors.items()}
+            parts = self._parts(model, one)
+            whole = parts.get("language_model")
+            if whole is None:  # phase A does without the whole model, but this is what it is for
+                ids = one["input_ids"]
+                logits = model(input_ids=ids, use_cache=False).logits
+                whole = next_token_loss(logits, ids, torch.ones_like(ids, dtype=torch.bool), reduction="sum")
+            records.append(
+                ({k: v.item() for k, v in parts.items()}, whole.item(), tensors["input_ids"].shape[1])
+            )
         return records
 
     def summarise(self, records: list[Any]) -> dict[str, float]:
-        tokens = sum(count for _, count in records)
-        means = {name: sum(parts[name] for parts, _ in records) / tokens for name in records[0][0]}
-        return means | {"distance": sum(means.values())}
+        """Losses per token. `distance` is the sum of those that are trained on; `language_model` is that of the whole
+        student in both phases, and the same function whatever is shared."""
+        tokens = sum(count for *_, count in records)
+        means = {name: sum(parts[name] for parts, *_ in records) / tokens for name in records[0][0]}
+        distance = sum(means.values())
+        targets = tokens - len(records)  # the first token of a block has nothing before it
+        loss = sum(whole for _, whole, _ in records) / targets
+        return means | {"distance": distance, "language_model": loss, **self.costs}
 
     def save_extras(self, path: Path) -> None:
         load_tokenizer(self.cfg.model).save_pretrained(path)
@@ -183,13 +214,17 @@ class LisaTask(Task):
             losses = distiller(tensors["inputs"].to(like.dtype), weights=weights, reduction="sum")
             return {f"layer_{i}": value for i, value in losses.items()}
         rows = torch.ones_like(ids, dtype=torch.bool)
-        logits = model(input_ids=ids, use_cache=False).logits
+        with recording_scores(model) as scores:
+            logits = model(input_ids=ids, use_cache=False).logits
         parts = {"language_model": next_token_loss(logits, ids, rows, reduction="sum")}
-        if loss.distillation:
-            with torch.no_grad():
-                target = self.teacher.to(ids.device)(input_ids=ids, use_cache=False).logits
-            kl = logit_distillation(target, logits, rows, temperature=loss.temperature, reduction="sum")
-            parts["distillation"] = loss.distillation * kl
+        if loss.distillation or loss.attention:
+            followed = scores if loss.attention else {}
+            target, distances = teach(self.teacher.to(ids.device), ids, followed, rows, reduction="sum")
+            if loss.distillation:
+                kl = logit_distillation(target, logits, rows, temperature=loss.temperature, reduction="sum")
+                parts["distillation"] = loss.distillation * kl
+            if loss.attention:
+                parts["attention"] = loss.attention * torch.stack(list(distances.values())).sum()
         return parts
 
 
@@ -209,24 +244,59 @@ def _prepare(cfg: Config, run: RunFolder) -> None:
         student = load_pretrained(AutoModelForCausalLM, cfg.student)
     for part, ids in blocks.items():
         write_examples(run.data / f"{part}.arrow", _rows(part, ids))
-        if cfg.phase == "local":
-            _record(teacher, student, ids, run.data / f"{part}.npy")
+    if cfg.phase == "local":
+        layers = recorded_layers(student.base_model.lisa, teacher.config.num_hidden_layers)
+        if cfg.recorded is None:
+            record(teacher, blocks, layers, recording_folder(cfg, run.data), model=cfg.model.path)
+        else:
+            check_recording(Path(cfg.recorded), blocks, layers, model=cfg.model.path)
     run.update_manifest(data_hashes=text_hashes(cfg.data))
+
+
+def prepare_sweep(cfg: Config, folder: Path) -> dict[str, Any]:
+    """What all trials of a sweep have in common: the inputs to all layers, and the probe that chooses layers.
+
+    Args:
+        cfg: Config of the trials.
+        folder: Of the sweep; a resumed one holds both already.
+
+    Returns:
+        Dotted config key -> value that the trials get.
+    """
+    found: dict[str, Any] = {}
+    teacher, tokenizer = load_pretrained(AutoModelForCausalLM, cfg.model).eval(), load_tokenizer(cfg.model)
+    blocks = {"train": cfg.data.blocks(tokenizer, "train"), "eval": cfg.data.blocks(tokenizer, "dev")}
+    if cfg.phase == "local" and cfg.recorded is None:
+        found["recorded"] = str(folder / "recorded")
+        layers = range(teacher.config.num_hidden_layers)
+        if not is_recorded(folder / "recorded"):
+            record(teacher, blocks, layers, folder / "recorded", model=cfg.model.path)
+    share = cfg.share
+    if cfg.student is None and share.layers is None and share.select == "greedy" and share.analysis is None:
+        found["share.analysis"] = str(folder / "probe.json")
+        if not (folder / "probe.json").exists():
+            write_probe(teacher, as_texts(blocks["train"][: cfg.start.blocks]), folder / "probe.json")
+    return found
+
+
+def recording_folder(cfg: Config, data_dir: Path) -> Path:
+    """Where a run's recording is."""
+    return Path(cfg.recorded) if cfg.recorded is not None else data_dir / "recorded"
+
+
+def _costs(config: Any) -> dict[str, float]:
+    """What decoding takes that a sweep may weigh against quality, by arithmetic: it is the same on a busy machine."""
+    spec, context = LisaSpec.from_dict(config.lisa_attention), 2048
+    cost = decode_cost(config, spec, parameters=0, batch=1, context=context, value_bytes=2)
+    return {
+        "cache_values_per_token": cache_bytes_per_token(config, spec, value_bytes=1),
+        "decode_mflops": cost.flops / 1e6,
+    }
 
 
 def _rows(part: str, blocks: np.ndarray) -> Iterator[dict[str, Any]]:
     for i, block in enumerate(blocks):
         yield {"id": f"{part}-{i}", "part": part, "row": i, "input_ids": block, "length": len(block)}
-
-
-def _record(teacher: Any, student: Any, blocks: np.ndarray, path: Path) -> None:
-    """The teacher's inputs to every layer that matters, float16, [blocks, K, T, width]."""
-    layers = recorded_layers(student.base_model.lisa, teacher.config.num_hidden_layers)
-    shape = (len(blocks), len(layers), blocks.shape[1], teacher.config.hidden_size)
-    out = np.lib.format.open_memmap(path, mode="w+", dtype=np.float16, shape=shape)
-    for i, ids in enumerate(as_texts(blocks, batch=1)):
-        out[i] = record_inputs(teacher, ids, layers=layers)[0].float().numpy()
-    out.flush()
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ D width, H query heads, G KV heads, d head size, r rank, G_r low-rank key heads,
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 from eagleray.models.lisa.config import head_dim
@@ -75,6 +76,54 @@ def past_break_even(spec: LisaSpec, *, heads: int, size: int) -> list[tuple[int,
     """Shared layers whose scores take more arithmetic than full ones, with the share (r + 2m > d for `ffn`)."""
     shares = ((i, score_share(spec, i, heads=heads, size=size)) for i in spec.shared_layers)
     return [(i, share) for i, share in shares if share > 1]
+
+
+@dataclass(frozen=True)
+class DecodeCost:
+    """What decoding one token takes, by arithmetic alone."""
+
+    parameters: int
+    """All weights."""
+    added: int
+    """Of these the ones that sharing added, the only ones that need training."""
+    cache_bytes: int
+    """Keys and values of all sequences of the batch at this context."""
+    flops: int
+    """Of one token."""
+    bytes: int
+    """Read and written for one token: weights (once for the batch), cache, and scores handed on (float32)."""
+
+
+def decode_cost(
+    config: Any, spec: LisaSpec, *, parameters: int, batch: int, context: int, value_bytes: int
+) -> DecodeCost:
+    """Cost of one decoded token at `context` visible keys, of the model and MLP included.
+
+    Args:
+        config: Of the model, converted or not.
+        spec: What is shared, resolved; `LisaSpec()` for nothing.
+        parameters: Weights of the model.
+        batch: Sequences decoded together, over which the reading of the weights is spread.
+        context: Visible keys.
+        value_bytes: Bytes of a weight and of a cached value.
+    """
+    shared, layers = set(spec.shared_layers), config.num_hidden_layers
+    attention = sum(
+        shared_layer_flops(config, spec, i, context) if i in shared else full_layer_flops(config, context)
+        for i in range(layers)
+    )
+    mlp = layers * 6 * config.hidden_size * config.intermediate_size
+    head = config.vocab_size * config.hidden_size
+    read = parameters if config.tie_word_embeddings else parameters - head  # of input embeddings one row
+    cache = context * cache_bytes_per_token(config, spec, value_bytes=value_bytes)
+    scores = len(shared) * 2 * 4 * config.num_attention_heads * context
+    return DecodeCost(
+        parameters=parameters,
+        added=added_parameters(config, spec),
+        cache_bytes=batch * cache,
+        flops=attention + mlp + 2 * head,
+        bytes=read * value_bytes // batch + cache + scores,
+    )
 
 
 def _sizes(config: Any, spec: LisaSpec) -> tuple[int, int, int]:

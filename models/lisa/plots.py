@@ -1,9 +1,10 @@
-"""Plots of an analysis: how alike layers are, and what sharing each of them would cost."""
+"""Plots: how alike layers are, what sharing each of them would cost, and how fast models decode."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -50,6 +51,27 @@ def plot_sensitivity(probes: Mapping[str, Mapping[int, float]], path: Path) -> N
         axes.plot(layers, [rise[i] for i in layers], marker="o", label=name)
     axes.axhline(0.0, color="gray", linewidth=0.8)
     axes.set(xlabel="layer", ylabel="rise of the loss (nats per token)")
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize="small")
+    figure.savefig(path, dpi=150)
+
+
+def plot_throughput(cells: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """Decoded tokens a second over the context, a line for each model and batch size.
+
+    Args:
+        cells: Rows with `model`, `batch`, `context` and `measured_tokens_per_second`.
+        path: The picture to write.
+    """
+    figure = Figure(figsize=(6.4, 4.4), layout="constrained")
+    axes = figure.subplots()
+    lines: dict[str, list[tuple[int, float]]] = {}
+    for cell in cells:
+        point = (cell["context"], cell["measured_tokens_per_second"])
+        lines.setdefault(f"{cell['model']}, batch {cell['batch']}", []).append(point)
+    for label, points in lines.items():
+        axes.plot(*zip(*sorted(points), strict=True), marker="o", label=label)
+    axes.set(xlabel="prompt (tokens)", ylabel="decoded tokens per second", ylim=(0, None))
     axes.grid(alpha=0.3)
     axes.legend(fontsize="small")
     figure.savefig(path, dpi=150)

@@ -8,10 +8,12 @@ goes through the layers in pieces, which changes memory and nothing else.
 
 from __future__ import annotations
 
+import inspect
 from functools import partial
 from typing import Any, cast
 
 import torch
+import transformers
 from torch import Tensor, nn
 from transformers import Cache, DynamicCache, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import StaticLayer, StaticSlidingWindowLayer
@@ -68,6 +70,7 @@ class LisaTrunk(LisaPreTrained):
 
     def __init__(self, config: PreTrainedConfig) -> None:
         super().__init__(config)
+        _check_signature(self.layers[0])
         self.lisa = LisaSpec.from_dict(config.lisa_attention)
         theta = config.rope_parameters["rope_theta"]
         for i, role in enumerate(self.lisa.roles(len(self.layers))):
@@ -238,6 +241,16 @@ class LisaForCausalLM(LisaPreTrained):
     def create_masks_for_generate(*, attention_mask: Tensor | None, **_: Any) -> Tensor | None:
         """`generate` prepares masks for static caches; ours depend on the role of a layer."""
         return attention_mask
+
+
+def _check_signature(layer: nn.Module) -> None:
+    """Layers take any keyword, so one that they do not know would be ignored and decoding go wrong in silence."""
+    if "past_key_values" not in inspect.signature(layer.forward).parameters:
+        raise ImportError(
+            f"The layers of transformers {transformers.__version__} take their cache under another name than "
+            "`past_key_values`, so a model with shared attention scores would decode without one. "
+            "Install `transformers<5.24`."
+        )
 
 
 def _visible(cache: Cache | None, queries: int) -> int | None:

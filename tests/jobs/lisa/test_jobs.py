@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,15 +13,20 @@ import torch
 from builders import tiny_model, tiny_tokenizer
 from transformers import AutoModelForCausalLM
 
-from eagleray.jobs.lisa import analyze, convert, evaluate
+from eagleray.jobs.lisa import analyze, convert, evaluate, measure
 from eagleray.jobs.lisa import train as lisa_train
-from eagleray.jobs.sweep import load_space
+from eagleray.jobs.lisa.sections import as_texts
+from eagleray.jobs.sweep import load_space, sweep_config
+from eagleray.jobs.sweep import main as sweep
+from eagleray.models.lisa.baselines import direct_sharing
 from eagleray.models.lisa.delta import load_delta
 from eagleray.models.lisa.distill import is_lisa_parameter
+from eagleray.models.lisa.probe import token_loss
 from eagleray.platform.config import ConfigError, load_config
+from eagleray.platform.pretrained import load_tokenizer
 from eagleray.platform.runs import RunFolder
 from eagleray.platform.sections import LoraSection
-from eagleray.platform.space import check_space
+from eagleray.platform.space import limit_space
 
 CONFIGS = Path(__file__).parents[3] / "configs" / "lisa"
 
@@ -41,9 +47,12 @@ def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def load(cls: type[Any], teacher: Path, tmp_path: Path, *overrides: str) -> Any:
     job = cls.model_fields["job"].default
-    common = [f"data.paths=[{teacher / 'text.txt'}]", "data.block_length=32", f"run.dir={tmp_path / job}"]
-    model = [] if cls is evaluate.Config else [f"model.path={teacher}"]
-    return load_config(cls, CONFIGS / f"{job.partition('.')[2]}_tiny.yaml", [*common, *model, *overrides])
+    common = [f"run.dir={tmp_path / job}"]
+    if cls is not measure.Config:
+        common += [f"data.paths=[{teacher / 'text.txt'}]", "data.block_length=32"]
+    if "model" in cls.model_fields:
+        common.append(f"model.path={teacher}")
+    return load_config(cls, CONFIGS / f"{job.partition('.')[2]}_tiny.yaml", [*common, *overrides])
 
 
 def test_analysis_feeds_conversion(teacher: Path, tmp_path: Path) -> None:
@@ -60,21 +69,84 @@ def test_analysis_feeds_conversion(teacher: Path, tmp_path: Path) -> None:
     base, whole = (AutoModelForCausalLM.from_pretrained(path) for path in (teacher, run.model))
     ids = torch.arange(10, 30)[None]
     assert torch.equal(load_delta(base, run.path / "delta")(ids).logits, whole(ids).logits)
-    found = evaluate.main(
-        load(
-            evaluate.Config,
-            teacher,
-            tmp_path,
-            f"models.full.path={teacher}",
-            f"models.shared.path={run.model}",
-        )
-    )
+    models = [f"models.full.path={teacher}", f"models.shared.path={run.model}"]
+    found = evaluate.main(load(evaluate.Config, teacher, tmp_path, *models))
     assert found["full"]["loss"] == pytest.approx(converted["loss_full"], abs=1e-5)
     assert found["shared"]["loss"] == pytest.approx(converted["loss"], abs=1e-5)
-    ratio = converted["cache_values_per_token"] / converted["cache_values_per_token_full"]
-    assert found["shared"]["cache_bytes"] / found["full"]["cache_bytes"] == pytest.approx(ratio)
-    assert all(figures["tokens_per_second"] > 0 for figures in found.values())
+    assert list(found) == [
+        "full",
+        "shared",
+        "shared: direct sharing",
+        "shared: direct sharing, heads permuted",
+    ]
+    plain = found["shared: direct sharing"]
+    cfg = load(convert.Config, teacher, tmp_path)
+    held_out = as_texts(cfg.data.blocks(load_tokenizer(cfg.model), "dev"))
+    unfitted = direct_sharing(AutoModelForCausalLM.from_pretrained(teacher), converted["shared_layers"])
+    assert plain["loss"] == pytest.approx(token_loss(unfitted, held_out), abs=1e-5)
+    assert plain["shared_layers"] == converted["shared_layers"] and plain["added_parameters"] == 0
+    assert found["shared"]["added_parameters"] == converted["added_parameters"]
     assert json.loads((tmp_path / "lisa.evaluate" / "report.json").read_text()) == found
+    _measured(load(measure.Config, teacher, tmp_path, *models), converted)
+
+
+def _measured(cfg: measure.Config, converted: dict[str, Any]) -> None:
+    """Measured bytes of the caches are those of the formula; a cell for each model, batch size and prompt."""
+    cells = measure.main(cfg)["cells"]
+    keys = ("batch", "context", "model")
+    assert [tuple(cell[k] for k in keys) for cell in cells] == [
+        (batch, context, model) for batch in (1, 2) for context in (32, 64) for model in ("full", "shared")
+    ]
+    for cell in cells:
+        assert cell["measured_cache_bytes"] == cell["cache_bytes"]
+        assert cell["measured_tokens_per_second"] > 0 and cell["measured_peak_bytes"] >= 0
+    full, shared = cells[:2]
+    assert shared["added"] == converted["added_parameters"] and full["added"] == 0
+    assert full["parameters"] - shared["parameters"] == (
+        converted["removed_parameters"] - converted["added_parameters"]
+    )
+    run = RunFolder(Path(cfg.run.dir or ""))
+    assert (run.plots / "throughput.png").is_file() and "measured_step_seconds" in (
+        run.path / "table.md"
+    ).read_text()
+
+
+def test_a_shape_is_measured_by_arithmetic(teacher: Path, tmp_path: Path) -> None:
+    """LLaMA3-8B at 8,192 tokens, 27 of 32 layers, rank 20: the specification's 659.5 MiB of 1,024, and 6.4 times less Q/K.
+
+    Traffic of one layer and sequence: 16.78 MB of keys and of values in full; 2.62 MB of low-rank keys, 16.78 MB of
+    values and 2.10 MB of scores shared.
+    """
+    options = ["models={}", "shape=llama3-8b", "timed=false", "precision=bf16", "share.fraction=0.84"]
+    sizes = ["share.rank=20", "batch_sizes=[1]", "contexts=[8184]", "share.align={kind: ffn, width: 32}"]
+    full, shared = measure.main(load(measure.Config, teacher, tmp_path, *options, *sizes))["cells"]
+    assert full["parameters"] == 8_030_261_248 and shared["added"] == 88_530_624
+    assert full["cache_bytes"] == 1024 * 2**20 and shared["cache_bytes"] == 659.5 * 2**20
+    weights = 2 * (full["parameters"] - shared["parameters"])
+    layer = 2 * 8192 * 8 * (128 - 20) - 2 * 4 * 32 * 8192
+    assert full["bytes"] - shared["bytes"] == weights + 27 * layer
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["shape=llama3-8b"], "give either `models`"),
+        (["models={}"], "give either `models`"),
+        (["contexts=[0]"], "must be at least 1"),
+    ],
+)
+def test_measuring_needs_subjects(teacher: Path, tmp_path: Path, overrides: list[str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        load(measure.Config, teacher, tmp_path, *overrides)
+
+
+def test_tasks_need_the_harness(teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Said before anything runs."""
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    cfg = load(evaluate.Config, teacher, tmp_path, "tasks={names: [piqa]}")
+    with pytest.raises(ConfigError, match=r"pip install 'eagleray\[lm-eval\]'"):
+        evaluate.main(cfg)
+    assert not (tmp_path / "lisa.evaluate").exists()
 
 
 @pytest.mark.ray
@@ -119,7 +191,7 @@ def test_an_adapter_holds_what_was_added(teacher: Path, tmp_path: Path) -> None:
     assert not any("lora" in name and "_lr." in name for name in trained)
     batch = task.train_batch([0, 1], step=0)
     total, parts = task.loss(model, batch.tensors)
-    assert set(parts) == {"language_model", "distillation"} and batch.weight == 64
+    assert set(parts) == {"language_model", "distillation", "attention"} and batch.weight == 64
     total.backward()
     model.save_pretrained(tmp_path / "adapter")
     from safetensors.torch import load_file
@@ -143,7 +215,10 @@ def test_the_loss_does_not_depend_on_company(teacher: Path, tmp_path: Path) -> N
     torch.testing.assert_close(both, alone[0] + alone[1])
     records = task.evaluate_batch(model, task.eval_batch([0, 1]).tensors)
     assert len(records) == 2 and set(records[0][0]) == {"layer_2", "layer_4"}
-    assert task.summarise(records)["distance"] > 0
+    found = task.summarise(records)
+    assert found["distance"] == pytest.approx(found["layer_2"] + found["layer_4"])
+    texts = [batch.tensors["input_ids"] for batch in (task.eval_batch([0]), task.eval_batch([1]))]
+    assert found["language_model"] == pytest.approx(token_loss(model, texts), rel=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -164,12 +239,60 @@ def test_contradictions_are_refused(
         load(lisa_train.Config, teacher, tmp_path, *overrides)
 
 
-def test_the_sweep_refuses_ranks_past_break_even(teacher: Path, tmp_path: Path) -> None:
-    """Before any trial runs: heads of 16 do not bear a rank of 12 beside this alignment."""
+@pytest.mark.parametrize("search", ["grid", "random"])
+def test_the_sweep_leaves_out_ranks_past_break_even(teacher: Path, tmp_path: Path, search: Any) -> None:
+    """Before any trial runs: heads of 16 bear ranks 0 to 4 beside the alignments of the space, not 8 and more."""
     cfg = load(lisa_train.Config, teacher, tmp_path)
-    space = load_space("lisa_rank", "grid", lisa_train)
+    space = load_space("lisa_rank", search, lisa_train)
+    limited = limit_space(space, "share.rank", lisa_train.Config, cfg.model_dump(mode="json"))
+    ranks = limited.domains["share.rank"]
+    assert (ranks["grid_search"] if search == "grid" else ranks.categories) == [0, 2, 4]
     with pytest.raises(ConfigError, match="times the arithmetic of full scores"):
-        check_space(space, lisa_train.Config, cfg.model_dump(mode="json"), search="grid")
+        costly = cfg.model_dump(mode="json") | {"share": {"align": {"kind": "ffn", "width": 64}}}
+        limit_space(load_space("lisa_rank", "grid", lisa_train), "share.rank", lisa_train.Config, costly)
+
+
+@pytest.mark.ray
+def test_trials_share_one_recording(teacher: Path, tmp_path: Path, ray_cluster: None) -> None:
+    """The teacher runs once for all ranks, nobody records again, and the points have a Pareto front."""
+    overrides = [f"model.path={teacher}", f"data.paths=[{teacher / 'text.txt'}]", "data.block_length=32"]
+    quick = ["train.max_steps=2", "train.eval_every=2", "share.align.kind=linear+ffn", "share.align.width=3"]
+    cfg = sweep_config(
+        "lisa_rank", CONFIGS / "train_tiny.yaml", [*overrides, *quick, f"run.dir={tmp_path / 'sweep'}"]
+    )
+    swept = sweep(cfg)
+    report = json.loads((swept.path / "report.json").read_text())
+    assert sorted(row["share.rank"] for row in report["table"]) == [0, 2, 4]
+    assert report["count"] == {"finished": 3, "stopped": 0, "failed": 0}
+    assert [path.parent.parent.name for path in swept.path.rglob("train.npy")] == [swept.path.name]
+    assert report["pareto"] and (swept.path / "plots" / "pareto.png").is_file()
+    by_rank = {row["share.rank"]: row["cache_values_per_token"] for row in report["table"]}
+    assert by_rank[4] - by_rank[0] == 2 * 2 * 4  # two shared layers, two low-rank key heads
+
+
+def test_a_recording_of_something_else_is_refused(teacher: Path, tmp_path: Path) -> None:
+    """Other text, layers that are missing, one that was cut off; what fits is read without the teacher."""
+    cfg = load(lisa_train.Config, teacher, tmp_path, "share.layers=[2,3]")
+    found = lisa_train.prepare_sweep(cfg, tmp_path)
+    assert found == {"recorded": str(tmp_path / "recorded")}  # layers are given: nothing to probe
+    again = [f"recorded={tmp_path / 'recorded'}", "share.layers=[2,3]"]
+    with RunFolder.create(
+        lisa_train.JOB, load(lisa_train.Config, teacher, tmp_path, *again)
+    ).recording() as run:
+        lisa_train._prepare(load(lisa_train.Config, teacher, tmp_path, *again), run)
+    assert not (run.data / "recorded").exists()
+    about = json.loads((tmp_path / "recorded" / "recording.json").read_text())
+    for change, message in (
+        ({"model": "other"}, "recorded from another model than this run has"),
+        ({"text": {}}, "recorded from another text than this run has"),
+        ({"layers": [0, 1, 2]}, r"without the inputs of layers \[3\]"),
+    ):
+        (tmp_path / "recorded" / "recording.json").write_text(json.dumps(about | change))
+        with pytest.raises(ConfigError, match=message):
+            lisa_train._prepare(load(lisa_train.Config, teacher, tmp_path, *again), run)
+    (tmp_path / "recorded" / "recording.json").unlink()
+    with pytest.raises(ConfigError, match="holds no finished recording"):
+        lisa_train._prepare(load(lisa_train.Config, teacher, tmp_path, *again), run)
 
 
 def test_an_analysis_of_another_model_is_refused(teacher: Path, tmp_path: Path) -> None:

@@ -11,12 +11,14 @@ from builders import tiny_model
 from torch import Tensor
 from transformers import AutoModelForCausalLM, DynamicCache, StaticCache
 from transformers.cache_utils import DynamicLayer
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from eagleray.models.lisa.accounting import cache_bytes_per_token
 from eagleray.models.lisa.cache import cache_bytes
+from eagleray.models.lisa.convert import Start, convert
 from eagleray.models.lisa.kernels import GROUPED
 from eagleray.models.lisa.model import ARCHITECTURES, LisaLlamaForCausalLM
-from eagleray.models.lisa.spec import AlignSpec
+from eagleray.models.lisa.spec import AlignSpec, LisaSpec
 
 Make = Callable[..., Any]
 EXACT = {"rtol": 1e-9, "atol": 1e-9}
@@ -379,3 +381,17 @@ def test_inputs_are_ids_or_embeddings(make_pair: Make, ids: Tensor) -> None:
     torch.testing.assert_close(found, logits(student, ids), **EXACT)
     with pytest.raises(ValueError, match="either `input_ids` or `inputs_embeds`"):
         student.model(input_ids=ids, inputs_embeds=embeds)
+
+
+def test_layers_that_do_not_know_the_cache_are_refused(
+    make_teacher: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As from transformers 5.24 on: they would take `past_key_values` as just another keyword."""
+
+    def forward(self: Any, hidden_states: Tensor, cache: Any = None, **kwargs: Any) -> Tensor:
+        return hidden_states
+
+    teacher = make_teacher()
+    monkeypatch.setattr(LlamaDecoderLayer, "forward", forward)
+    with pytest.raises(ImportError, match=r"decode without one\. Install `transformers<5\.24`"):
+        convert(teacher, LisaSpec(shared_layers=(2,), rank=4), start=Start(align="identity"))
