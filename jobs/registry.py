@@ -36,6 +36,7 @@ JOBS = {
     "rovrm.train": "eagleray.jobs.rovrm.train",
     "rovrm.evaluate": "eagleray.jobs.rovrm.evaluate",
     "rovrm.progressive": "eagleray.jobs.rovrm.progressive",
+    "features": "eagleray.jobs.features",
     "select": "eagleray.jobs.select",
     "sweep": "eagleray.jobs.sweep",
 }

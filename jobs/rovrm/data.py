@@ -153,8 +153,8 @@ def load_parts(data: VisualData, *, seed: int) -> Parts:
     train = load_sources(data.train, data.images) if data.train else Loaded([])
     held_out = load_sources(data.eval, data.images) if data.eval else Loaded([])
     for made in data.synthetic:
-        train.samples += _generated(made, made.samples, "train")
-        held_out.samples += _generated(made, max(4, made.samples // 4), "dev") if not data.eval else []
+        train.samples += generated(made, made.samples, "train")
+        held_out.samples += generated(made, max(4, made.samples // 4), "dev") if not data.eval else []
     if not held_out.samples:
         train.samples, held_out.samples = _split(train.samples, data.eval_fraction, seed)
     counts: dict[str, Any] = {**train.counts, **{f"eval/{name}": v for name, v in held_out.counts.items()}}
@@ -272,7 +272,8 @@ def _store(source: VisualSource, images: ImageSection) -> ImageStore | None:
         raise DataError(source.images, error.reason) from None
 
 
-def _generated(made: SyntheticVisual, count: int, split: str) -> list[Sample]:
+def generated(made: SyntheticVisual, count: int, split: str) -> list[Sample]:
+    """Generated samples with their pictures; parts share none."""
     label = f"generated {made.kind}"
     if made.kind == "text":
         return [Sample(read_row(row)[0], label) for row in make_text(count, made.seed, split=split)]
