@@ -36,7 +36,9 @@ JOBS = {
     "nast.distill": "eagleray.jobs.nast.distill",
     "rovrm.train": "eagleray.jobs.rovrm.train",
     "rovrm.evaluate": "eagleray.jobs.rovrm.evaluate",
+    "rovrm.hallucination": "eagleray.jobs.rovrm.hallucination",
     "rovrm.progressive": "eagleray.jobs.rovrm.progressive",
+    "features": "eagleray.jobs.features",
     "select": "eagleray.jobs.select",
     "sweep": "eagleray.jobs.sweep",
 }

@@ -26,9 +26,9 @@ from ray import serve
 from ray.serve import Application
 
 from eagleray.models.gram.judge import Pair
-from eagleray.models.lrhp.checkpoint import model_hash
 from eagleray.models.lrhp.margins import MarginPredictor
 from eagleray.models.lrhp.representer import Order, Representation, Representer
+from eagleray.models.selection.store import model_hash
 from eagleray.platform.serving import ServedModel, model_folder
 from eagleray.serve.batching import Batcher, BatcherClosed
 from eagleray.serve.http_app import ERROR_RESPONSES, RequestError, new_app

@@ -10,8 +10,8 @@ from typing import Any
 
 from pydantic import Field, model_validator
 
-from eagleray.models.lrhp.store import text_hash
 from eagleray.models.lrhp.synthetic import make_typed_pairs
+from eagleray.models.selection.store import text_hash
 from eagleray.platform.config import Config as Section
 from eagleray.platform.data.preferences import (
     Preference,

@@ -9,28 +9,26 @@ store is a folder of Parquet shards sorted by id (`models/lrhp/store.py`).
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from pydantic import Field
 
+from eagleray.jobs.encoding import Item, encode
 from eagleray.jobs.lrhp.data import PairSet, named_pairs, tags_of
-from eagleray.models.lrhp.checkpoint import model_hash
 from eagleray.models.lrhp.representer import Representer
-from eagleray.models.lrhp.store import RepresentationStore, StoreError, text_hash
+from eagleray.models.lrhp.store import RepresentationStore
+from eagleray.models.selection.store import model_hash, text_hash
 from eagleray.platform.config import Config as Section
 from eagleray.platform.data.preferences import Preference
 from eagleray.platform.runs import RunFolder
-from eagleray.platform.scoring import Row, Score, stream_with_model
-from eagleray.platform.sections import JobConfig, ModelSection, RaySection
+from eagleray.platform.scoring import Row, Score
+from eagleray.platform.sections import JobConfig, ModelSection
 
 JOB = "lrhp.encode"
 logger = logging.getLogger(__name__)
 _DTYPES = {"saved": None, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-_BATCH = 256
-_SHOWN = 5
 
 
 class EncoderSection(Section):
@@ -86,39 +84,24 @@ def main(cfg: Config) -> dict[str, Any]:
         run.update_manifest(data_hashes={k: v for loaded in sets.values() for k, v in loaded.hashes.items()})
         folder = Path(cfg.store).expanduser() if cfg.store else run.path / "representations"
         store = RepresentationStore(folder, model_hash=cfg.model.hash)
-        missing = _missing(store, pairs, cfg)
-        logger.info("%d pairs, %d of them in the store already.", len(pairs), len(pairs) - len(missing))
-        encode(store, missing, cfg.model, cfg.ray, order=cfg.order, shard_rows=cfg.shard_rows)
+        done = encode(
+            store,
+            [_item(source, pair, cfg.order) for source, pair in pairs],
+            build_representer,
+            {**cfg.model.arguments, "order": cfg.order},
+            cfg.ray,
+            shard_rows=cfg.shard_rows,
+        )
         report = {
             "store": str(folder.absolute()),
             "model_hash": store.model_hash,
             "order": cfg.order,
             "pairs": len(pairs),
-            "encoded": len(missing),
+            "encoded": done.computed,
             "shards": len(store.files),
         }
         run.write_report(report)
     return report
-
-
-def encode(
-    store: RepresentationStore,
-    pairs: Sequence[tuple[str, Preference]],
-    model: EncoderSection,
-    ray: RaySection,
-    *,
-    order: str,
-    shard_rows: int,
-) -> None:
-    """Stream pairs (with their source, sorted by id) through the model; every full shard is written at once."""
-    shards: dict[int, list[dict[str, Any]]] = {}
-    for index, found in _stream(pairs, model, ray, order=order, shard_rows=shard_rows):
-        number = index // shard_rows
-        rows = shards.setdefault(number, [])
-        rows.append({**_columns(*pairs[index]), "order": order, **found})
-        if len(rows) == min(shard_rows, len(pairs) - number * shard_rows):
-            store.append(shards.pop(number))
-    store.tidy(shard_rows=shard_rows)
 
 
 def build_representer(
@@ -148,49 +131,17 @@ def text_row(pair: Preference) -> dict[str, str]:
     return {"prompt": pair.prompt_text, "chosen": pair.chosen, "rejected": pair.rejected}
 
 
-def _stream(
-    pairs: Sequence[tuple[str, Preference]],
-    model: EncoderSection,
-    ray: RaySection,
-    *,
-    order: str,
-    shard_rows: int,
-) -> Iterator[tuple[int, Row]]:
-    """Results by position in `pairs`; within a shard's rows, pairs of like length go together."""
-    rows = [text_row(pair) for _, pair in pairs]
-    by_length = sorted(range(len(rows)), key=lambda i: (i // shard_rows, sum(map(len, rows[i].values()))))
-    arguments = {**model.arguments, "order": order}
-    found = stream_with_model(
-        build_representer, arguments, [rows[i] for i in by_length], ray, batch_size=_BATCH
-    )
-    for place, row in found:
-        yield by_length[place], row
-
-
-def _columns(source: str, pair: Preference) -> dict[str, Any]:
-    return {
+def _item(source: str, pair: Preference, order: str) -> Item:
+    row = text_row(pair)
+    columns = {
         "id": pair.id,
         "source": source,
         "tags": tags_of(pair),
+        "order": order,
         "prompt_hash": text_hash(pair.prompt_text),
-        "pair_hash": _pair_hash(pair),
+        "pair_hash": text_hash(pair.prompt_text, pair.chosen, pair.rejected),
     }
-
-
-def _pair_hash(pair: Preference) -> str:
-    return text_hash(pair.prompt_text, pair.chosen, pair.rejected)
-
-
-def _missing(
-    store: RepresentationStore, pairs: Sequence[tuple[str, Preference]], cfg: Config
-) -> list[tuple[str, Preference]]:
-    held = store.pair_hashes(cfg.order)
-    if changed := [pair.id for _, pair in pairs if held.get(pair.id, _pair_hash(pair)) != _pair_hash(pair)]:
-        raise StoreError(
-            f"{len(changed)} pairs have another text than the pair of their id in {store.folder}: "
-            f"{', '.join(changed[:_SHOWN])}. Give them other ids, or encode into another store."
-        )
-    return [item for item in pairs if item[1].id not in held]
+    return Item(columns, row, length=sum(map(len, row.values())))
 
 
 if __name__ == "__main__":

@@ -30,7 +30,8 @@ from eagleray.models.lrhp.margins import (
 )
 from eagleray.models.lrhp.metrics import MARGIN_METRICS, margin_metrics, margin_report
 from eagleray.models.lrhp.plots import plot_budgets, plot_predictions, plot_spearman
-from eagleray.models.lrhp.store import Representations, RepresentationStore, text_hash
+from eagleray.models.lrhp.store import Representations, RepresentationStore
+from eagleray.models.selection.store import text_hash
 from eagleray.platform.config import Config as Section
 from eagleray.platform.data.margins import read_margins
 from eagleray.platform.data.preferences import Preference, split_by_prompt

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -21,7 +22,7 @@ from eagleray.models.rovrm.records import Form, RecordError, VisualPreference, i
 from eagleray.models.rovrm.synthetic import make_text, make_visual
 from eagleray.platform.config import Config as Section
 from eagleray.platform.data.preferences import PreferenceData, ReadReport, load_preferences
-from eagleray.platform.data.sources import DataError, SourceConfig, file_hashes, read_rows
+from eagleray.platform.data.sources import DataError, Row, SourceConfig, file_hashes, read_rows
 
 logger = logging.getLogger(__name__)
 
@@ -46,7 +47,9 @@ class ImageSection(Section):
 class VisualSource(SourceConfig):
     """Rows of one origin and the pictures they name."""
 
-    layout: Literal["auto", "ranked", "official", "pairs", "choices", "verdicts", "text"] = "auto"
+    layout: Literal[
+        "auto", "ranked", "official", "pairs", "choices", "vl_reward_bench", "verdicts", "text"
+    ] = "auto"
     """How rows are read (docs/rovrm.md has the table). `text`: preference data without pictures in any format that the
     jobs of GRAM read, such as hh-rlhf transcripts."""
     images: str | None = None
@@ -94,7 +97,16 @@ class VisualData(Section):
     """Share that is held out if `eval` is not given."""
     limit: int | None = Field(default=None, ge=1)
     """Train on this many samples only, drawn by `train.seed`."""
+    limit_each: int | None = Field(default=None, ge=1)
+    """Train on this many samples of each source at most, drawn by `train.seed`: an equal mixture."""
+    only: str | None = None
+    """Train on the samples of a selection only: its `selected/NAME.jsonl`, or any JSONL file with the column `id`."""
     images: ImageSection = ImageSection()
+
+    @field_validator("only")
+    @classmethod
+    def _only_is_absolute(cls, path: str | None) -> str | None:
+        return None if path is None else str(Path(path).expanduser().absolute())
 
     @model_validator(mode="after")
     def _has_rows(self) -> VisualData:
@@ -153,8 +165,8 @@ def load_parts(data: VisualData, *, seed: int) -> Parts:
     train = load_sources(data.train, data.images) if data.train else Loaded([])
     held_out = load_sources(data.eval, data.images) if data.eval else Loaded([])
     for made in data.synthetic:
-        train.samples += _generated(made, made.samples, "train")
-        held_out.samples += _generated(made, max(4, made.samples // 4), "dev") if not data.eval else []
+        train.samples += generated(made, made.samples, "train")
+        held_out.samples += generated(made, max(4, made.samples // 4), "dev") if not data.eval else []
     if not held_out.samples:
         train.samples, held_out.samples = _split(train.samples, data.eval_fraction, seed)
     counts: dict[str, Any] = {**train.counts, **{f"eval/{name}": v for name, v in held_out.counts.items()}}
@@ -164,8 +176,9 @@ def load_parts(data: VisualData, *, seed: int) -> Parts:
         logger.warning(
             "Left out %d sample(s) whose picture is in the evaluation data.", counts["in_evaluation"]
         )
-    if data.limit is not None:
-        kept = sorted(kept, key=lambda s: _position(s.record.id, seed))[: data.limit]
+    kept = _limited(kept, data, seed)
+    if data.only is not None:
+        kept = _only(kept, data.only)
     return Parts(kept, held_out.samples, train.hashes | held_out.hashes, counts)
 
 
@@ -272,7 +285,8 @@ def _store(source: VisualSource, images: ImageSection) -> ImageStore | None:
         raise DataError(source.images, error.reason) from None
 
 
-def _generated(made: SyntheticVisual, count: int, split: str) -> list[Sample]:
+def generated(made: SyntheticVisual, count: int, split: str) -> list[Sample]:
+    """Generated samples with their pictures; parts share none."""
     label = f"generated {made.kind}"
     if made.kind == "text":
         return [Sample(read_row(row)[0], label) for row in make_text(count, made.seed, split=split)]
@@ -293,6 +307,36 @@ def _split(samples: list[Sample], fraction: float, seed: int) -> tuple[list[Samp
             "leaves one side empty. Give `data.eval`, or another fraction."
         )
     return rest, held_out
+
+
+def _limited(samples: list[Sample], data: VisualData, seed: int) -> list[Sample]:
+    if data.limit is None and data.limit_each is None:
+        return samples
+    kept: list[Sample] = []
+    taken: Counter[str] = Counter()
+    for sample in sorted(samples, key=lambda s: _position(s.record.id, seed)):
+        taken[sample.source] += 1
+        if data.limit_each is None or taken[sample.source] <= data.limit_each:
+            kept.append(sample)
+    return kept[: data.limit]
+
+
+def _only(samples: list[Sample], path: str) -> list[Sample]:
+    """The samples that a selection names, in their order.
+
+    Raises:
+        DataError: It names samples that are not there, or none.
+    """
+    rows = [row for row in read_rows(SourceConfig(path=path)) if isinstance(row, Row)]
+    ids = {str(row.values.get("id")) for row in rows}
+    kept = [sample for sample in samples if sample.record.id in ids]
+    if missing := sorted(ids - {sample.record.id for sample in kept}):
+        raise DataError(
+            path,
+            f"{len(missing)} of {len(ids)} selected samples are not in the data",
+            f"for example {', '.join(missing[:3])}; give the data that was selected from",
+        )
+    return kept
 
 
 def _without_leaks(train: list[Sample], held_out: list[Sample]) -> list[Sample]:

@@ -6,7 +6,8 @@ Each phase is a run of `rovrm.train` in a folder of its own and starts from the 
 hash is checked at every border. A chain that was cut short goes on at the last border. Which phases there are is a list:
 one of phase 3 alone, or of 1 and 3, or one whose data is a mixture, are the baselines.
 
-What a phase trains on is a file: selecting the samples of phases 1 and 2 is the work of a job that runs before.
+A phase with `select` trains on a part of its samples, selected for the phase after it before anything is trained
+(`jobs/rovrm/selection.py`).
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from pydantic import Field, model_validator
 
 from eagleray.jobs.rovrm import evaluate, train
 from eagleray.jobs.rovrm.data import VisualData, load_parts
+from eagleray.jobs.rovrm.selection import Pool, Selection, SelectionSection, ShareSection, select_for
 from eagleray.jobs.rovrm.start import StartSection, prepare_start
 from eagleray.models.rovrm.checkpoint import CheckpointMismatch, VisualSettings, weights_sha256
 from eagleray.platform.cluster import connected
@@ -46,6 +48,8 @@ class PhaseSection(Section):
     phase: Literal[1, 2, 3]
     """1: texts, 2: captions, 3: pictures or a mixture; see `rovrm.train`."""
     data: VisualData
+    select: ShareSection | None = None
+    """Train on this much of the samples, selected for the phase after this one. Default: on all."""
     train_vision_tower: bool = False
     """Train the vision tower too, in phase 3."""
     train: dict[str, Any] = Field(default={})
@@ -60,6 +64,8 @@ class Config(JobConfig, StartSection):
     job: Literal["rovrm.progressive"] = JOB
     phases: list[PhaseSection] = Field(min_length=1)
     """The phases in order; each begins where the one before ended."""
+    selection: SelectionSection = SelectionSection()
+    """How samples are selected for phases that say `select`."""
     train: TrainSection = TrainSection()
     optim: OptimSection = OptimSection(lr=1e-6, betas=(0.9, 0.95))
     deepspeed: DeepSpeedSection = DeepSpeedSection()
@@ -72,32 +78,43 @@ class Config(JobConfig, StartSection):
     @model_validator(mode="after")
     def _phases_are_valid(self) -> Config:
         for place, phase in enumerate(self.phases):
-            _phase_config(self, place, folder=Path("run"), model="start", sha256=None)
+            _phase_config(self, phase, folder=Path("run"), model=None if place == 0 else "start", sha256=None)
             if place and phase.phase < self.phases[place - 1].phase:
                 raise ValueError(
                     f"phase {phase.phase} stands behind phase {self.phases[place - 1].phase} in `phases`"
                 )
+        if self.phases[-1].select is not None:
+            raise ValueError("the last of the `phases` cannot `select`: there is no later one to select for")
         return self
+
+    @property
+    def selects(self) -> bool:
+        """Whether any phase trains on a selection."""
+        return any(phase.select is not None for phase in self.phases)
 
 
 def main(cfg: Config) -> dict[str, Any]:
     """Run every phase that is not finished, evaluate, and write one report.
 
     Returns:
-        The report: `phases` (one entry each: summary, hashes, trained parameters) and `evaluation`.
+        The report: `selection`, `phases` (one entry each: summary, hashes, trained parameters) and `evaluation`.
     """
     with RunFolder.create(JOB, cfg, shared=True).recording() as run, connected(cfg.ray):
-        model = _start(cfg, run)
+        model = start = _start(cfg, run)
+        selection = _select(cfg, run, start) if cfg.selects else None
         phases: list[dict[str, Any]] = []
         for place, section in enumerate(cfg.phases):
-            folder = run.path / f"{place + 1}-phase-{section.phase}"
-            sha256 = weights_sha256(model) if Path(model).is_dir() else None
-            logger.info("Phase %d, from %s.", section.phase, model)
-            with contextlib.suppress(RunFinishedError):
-                train.main(_phase_config(cfg, place, folder=folder, model=model, sha256=sha256))
-            phases.append(_phase_report(folder, section.phase, sha256))
-            model = str(folder / "model")
-        report: dict[str, Any] = {"phases": phases, "evaluation": _evaluate(cfg, run, phases)}
+            name = _name(place, section)
+            if selection is not None and name in selection.files:
+                data = section.data.model_copy(update={"only": selection.files[name]})
+                section = section.model_copy(update={"data": data})
+            phases.append(_train(cfg, section, run.path / name, model if place else None, start))
+            model = str(run.path / name / "model")
+        report: dict[str, Any] = {
+            "selection": None if selection is None else selection.report,
+            "phases": phases,
+            "evaluation": _evaluate(cfg, run, phases),
+        }
         run.write_report(report)
     return report
 
@@ -113,11 +130,59 @@ def _start(cfg: Config, run: RunFolder) -> str:
     return prepare_start(cfg, folder, texts, seed=seed).path
 
 
-def _phase_config(cfg: Config, place: int, *, folder: Path, model: str, sha256: str | None) -> train.Config:
-    phase = cfg.phases[place]
-    start = cfg.model.model_dump() if cfg.model is not None and place == 0 else {"path": model}
-    # The layout of the first phase's model is handed on with it; a body from elsewhere has none yet.
-    layout = {"template": cfg.template, "max_length": cfg.max_length} if place == 0 else {}
+def _name(place: int, section: PhaseSection) -> str:
+    return f"{place + 1}-phase-{section.phase}"
+
+
+def _select(cfg: Config, run: RunFolder, start: str) -> Selection:
+    """Select for all phases that ask for it."""
+    pools = [Pool(_name(place, phase), phase.data, phase.select) for place, phase in enumerate(cfg.phases)]
+
+    def warm_up(folder: Path) -> str:
+        _train(cfg, _warm_up_phase(cfg), folder, None, start)
+        return str(folder / "model")
+
+    folder = run.path / "selection"
+    return select_for(pools, cfg.selection, folder, warm_up=warm_up, seed=cfg.train.seed, ray=cfg.ray)
+
+
+def _warm_up_phase(cfg: Config) -> PhaseSection:
+    """An equal mixture of the samples of all phases, trained as phase 3."""
+    sources = [
+        source.model_copy(update={"label": f"phase {phase.phase}"})
+        for phase in cfg.phases
+        for source in phase.data.train
+    ]
+    data = VisualData(
+        train=sources,
+        synthetic=[made for phase in cfg.phases for made in phase.data.synthetic],
+        limit_each=cfg.selection.warm_up.samples,
+        images=cfg.phases[-1].data.images,
+    )
+    tower = any(phase.train_vision_tower for phase in cfg.phases)
+    section = cfg.selection.warm_up
+    return PhaseSection(
+        phase=3, data=data, train_vision_tower=tower, train=section.train, optim=section.optim
+    )
+
+
+def _train(cfg: Config, section: PhaseSection, folder: Path, model: str | None, start: str) -> dict[str, Any]:
+    """Run a phase unless it is finished, from an earlier phase's model or from `start`; what it left."""
+    origin = model or start
+    sha256 = weights_sha256(origin) if Path(origin).is_dir() else None
+    logger.info("Phase %d, from %s.", section.phase, origin)
+    if model is None and cfg.model is None:
+        model = start
+    with contextlib.suppress(RunFinishedError):
+        train.main(_phase_config(cfg, section, folder=folder, model=model, sha256=sha256))
+    return _phase_report(folder, section.phase, sha256)
+
+
+def _phase_config(
+    cfg: Config, phase: PhaseSection, *, folder: Path, model: str | None, sha256: str | None
+) -> train.Config:
+    """Config of a phase that starts from an earlier one's model, or without one from `cfg.model`."""
+    first = model is None and cfg.model is not None
     values = {
         "phase": phase.phase,
         "data": phase.data.model_dump(),
@@ -128,14 +193,14 @@ def _phase_config(cfg: Config, place: int, *, folder: Path, model: str, sha256: 
         "tracking": cfg.tracking.model_dump(),
         "ray": cfg.ray.model_dump(),
         "run": {"dir": str(folder), "note": f"phase {phase.phase}"},
-        "model": start,
+        "model": cfg.model.model_dump() if cfg.model is not None and first else {"path": model or "start"},
         "input_sha256": sha256,
-        **{
-            key: None if value is None else value if isinstance(value, int) else value.model_dump()
-            for key, value in layout.items()
-        },
     }
-    return validate_config(train.Config, values, f"`phases.{place}`")
+    if first:
+        # The layout of the first phase's model is handed on with it; a body from elsewhere has none yet.
+        values["template"] = None if cfg.template is None else cfg.template.model_dump()
+        values["max_length"] = cfg.max_length
+    return validate_config(train.Config, values, f"`phases`: phase {phase.phase}")
 
 
 def _phase_report(folder: Path, phase: int, sha256: str | None) -> dict[str, Any]:

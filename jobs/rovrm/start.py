@@ -22,7 +22,7 @@ from eagleray.models.rovrm.checkpoint import (
 )
 from eagleray.models.rovrm.encoding import VisualEncoder
 from eagleray.models.rovrm.model import VisualRewardModel
-from eagleray.models.rovrm.scratch import add_image_token, build_llava, image_processor
+from eagleray.models.rovrm.scratch import Tower, add_image_token, build_llava, image_processor
 from eagleray.models.rovrm.templates import VisualTemplate
 from eagleray.platform.config import Config as Section
 from eagleray.platform.pretrained import load_pretrained
@@ -45,16 +45,21 @@ class TemplateSection(Section):
 class LlavaSection(BackboneSection):
     """Size of a small LLaVA with random weights: the language model's keys, and those of the vision tower."""
 
-    image_size: int = Field(default=128, ge=16)
-    """Side in pixels of the square that every picture is resized to."""
+    tower: Tower = "conv"
+    """`conv`: convolutions, which learn to see from a few thousand pictures; `clip`: a transformer over patches, as
+    pre-trained towers are, which did not (docs/rovrm.md)."""
+    image_size: int = Field(default=64, ge=16)
+    """Height in pixels that every picture is resized to."""
+    image_width: int | None = Field(default=None, ge=16)
+    """Width in pixels; default: as `image_size`. Choose the shape that the pictures have."""
     patch_size: int = Field(default=16, ge=4)
-    """Side of a patch; a picture takes (image_size / patch_size)² tokens."""
+    """Side of what becomes one token; a power of two for `conv`."""
     vision_width: int = Field(default=128, ge=16)
-    """Hidden size of the tower."""
+    """Hidden size of the tower; for `conv` a multiple of 4 · `patch_size`."""
     vision_layers: int = Field(default=4, ge=1)
-    """Blocks of the tower."""
+    """Blocks of a `clip` tower."""
     vision_heads: int = Field(default=4, ge=1)
-    """Attention heads of the tower; must divide `vision_width`."""
+    """Attention heads of a `clip` tower; must divide `vision_width`."""
 
     def write(
         self, folder: Path, texts: Iterable[str], template: VisualTemplate, *, seed: int, max_length: int
@@ -66,14 +71,16 @@ class LlavaSection(BackboneSection):
         model = build_llava(
             self.config_for(tokenizer),
             image_token_id=image_id,
+            tower=self.tower,
             image_size=self.image_size,
+            image_width=self.image_width,
             patch_size=self.patch_size,
             width=self.vision_width,
             layers=self.vision_layers,
             heads=self.vision_heads,
             seed=seed,
         )
-        processor = image_processor(self.image_size)
+        processor = image_processor(self.image_size, self.image_width)
         encoder = VisualEncoder(tokenizer, processor, model.family, template, max_length=max_length)
         save_reward_model(model, encoder, folder, lineage=[PhaseRecord(0, None, {}, [], 0)])
 

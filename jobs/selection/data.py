@@ -120,7 +120,7 @@ def load_set(section: DataSection, name: str, *, with_vectors: bool, order: str 
     if section.vectors is None or not (with_vectors or pairs is None):
         assert pairs is not None
         return LoadedSet(name, [pair.id for pair in pairs], sources, pairs, None, None, hashes)
-    table = read_vectors(section.vectors, order=order)
+    table = read_vectors(section.vectors, order=order, ids_only=not with_vectors)
     hashes = hashes | table.hashes
     if pairs is None:
         sources = table.sources or ["unknown"] * len(table.ids)

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftConfig
 from safetensors.torch import load_file
 from transformers import AutoModel, AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils.hub import cached_file
@@ -25,7 +23,6 @@ from eagleray.models.lrhp.prompts import (
 
 SETTINGS_FILE = "lrhp.json"
 VERSION = 1
-_PARTS = (".safetensors", ".json", ".jinja", ".model", ".txt")
 
 
 @dataclass(frozen=True)
@@ -118,27 +115,6 @@ def untrained_pair_model(
     model = PairModel(backbone, token_id=add_preference_token(tokenizer))
     model.start_row(min(known, len(backbone.get_input_embeddings().weight)))
     return model.eval(), PreferenceEncoder(tokenizer, max_length=max_length)
-
-
-def model_hash(path: str | Path, *settings: str) -> str:
-    """A short hash of all that decides a representation: weights (an adapter's base too), tokenizer, settings.
-
-    Args:
-        path: Model folder; of a hub name the name itself is hashed.
-        settings: Further settings that change a result.
-    """
-    digest = hashlib.sha256("\0".join(settings).encode())
-    folder = Path(path)
-    digest.update(b"" if folder.is_dir() else str(path).encode())
-    for file in sorted(folder.iterdir()) if folder.is_dir() else []:
-        if file.suffix in _PARTS:
-            digest.update(file.name.encode())
-            with file.open("rb") as content:
-                digest.update(hashlib.file_digest(content, "sha256").digest())
-    if (folder / "adapter_config.json").is_file():
-        base: Any = PeftConfig.from_pretrained(str(folder)).base_model_name_or_path
-        digest.update(model_hash(base).encode())
-    return digest.hexdigest()[:16]
 
 
 def save_tokenizer_and_settings(

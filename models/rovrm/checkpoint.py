@@ -20,6 +20,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoTokenizer
 from transformers.initialization import no_init_weights
 
+import eagleray.models.rovrm.tower  # noqa: F401 - transformers then knows the configuration of small models
 from eagleray.models.rovrm.encoding import VisualEncoder
 from eagleray.models.rovrm.families import family_of
 from eagleray.models.rovrm.model import VisualRewardModel

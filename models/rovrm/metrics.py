@@ -57,7 +57,7 @@ def evaluate_pairs(pairs: Sequence[RankedPair], *, samples: int = 1000, seed: in
     """All figures of one scorer on one set, ready for JSON.
 
     `by_source` and `by_group` hold the accuracy of each part with its interval, `macro_accuracy` the plain mean over
-    sources, so that a large one does not drown the others.
+    sources, so that a large one does not drown the others; `macro_accuracy_by_group` is the figure of VL-RewardBench.
     """
     options: dict[str, Any] = {"samples": samples, "seed": seed}
     report = evaluate_comparisons(
@@ -68,7 +68,8 @@ def evaluate_pairs(pairs: Sequence[RankedPair], *, samples: int = 1000, seed: in
     )
     report["by_source"] = _accuracy_by([pair.source for pair in pairs], pairs, options)
     report["by_group"] = _accuracy_by([pair.record.group for pair in pairs], pairs, options)
-    report["macro_accuracy"] = float(np.mean([row["value"] for row in report["by_source"].values()]))
+    for name, part in (("macro_accuracy", "by_source"), ("macro_accuracy_by_group", "by_group")):
+        report[name] = float(np.mean([row["value"] for row in report[part].values()]))
     report["length_correlation"] = length_correlation(pairs)
     return report
 

@@ -9,6 +9,7 @@ are told apart by their columns:
 | `official` | the released code's: `conversations` of one human turn and the ranked answers, `image` |
 | `pairs` | `prompt`, `chosen`, `rejected`, `image`, `caption` (NLVR facts and statements, RLAIF-V files) |
 | `choices` | `question`, `choices`, `answer`, `image` (ScienceQA): the right choice against each wrong one |
+| `vl_reward_bench` | `query`, `response` (two), `human_ranking` (0 is the better one), `image` (VL-RewardBench) |
 | `verdicts` | the same with `model_answers`: the right answer of a model against the wrong one of another |
 
 Texts are kept as they are. Only the image marker is taken off, as a whole and from the ends of a prompt: where it goes
@@ -85,7 +86,9 @@ def in_form(record: VisualPreference, form: Form) -> VisualPreference:
         if not record.caption:
             raise RecordError("`caption` is missing", "a caption takes the place of the picture")
         prompt = f"Image description: {record.caption}\nQuestion: {record.prompt}"
-    return VisualPreference(record.id, prompt, record.responses, None, record.caption, origin, record.group)
+    # Another form is another sample: a mixture may hold both.
+    name = f"{record.id}#{form}" if record.image else record.id
+    return VisualPreference(name, prompt, record.responses, None, record.caption, origin, record.group)
 
 
 def without_marker(prompt: str, *, has_image: bool) -> str:
@@ -183,11 +186,35 @@ def _verdicts(values: Mapping[str, Any]) -> list[VisualPreference]:
     ]
 
 
+def _vl_reward_bench(values: Mapping[str, Any]) -> list[VisualPreference]:
+    responses, ranking = values.get("response"), values.get("human_ranking")
+    if not isinstance(responses, list) or not isinstance(ranking, list) or len(responses) != len(ranking):
+        raise RecordError(
+            "`response` and `human_ranking` must be lists of one length", f"the row has {', '.join(values)}"
+        )
+    if sorted(ranking) != list(range(len(ranking))):
+        raise RecordError("`human_ranking` is no ranking", f"it is {ranking}")
+    image = _image(values)
+    prompt = without_marker(_text(values, "query"), has_image=image is not None)
+    answers = [_as_text(answer, f"response.{i}") for i, answer in enumerate(responses)]
+    ranked = tuple(answer for _, answer in sorted(zip(ranking, answers, strict=True)))
+    caption, origin, group = _extras(values)
+    return [VisualPreference(_id(values), prompt, ranked, image, caption, origin, group or _vl_group(values))]
+
+
+def _vl_group(values: Mapping[str, Any]) -> str:
+    """Part of VL-RewardBench that a row belongs to, by the start of its id."""
+    start = _id(values).replace("-", "_").partition("_")[0].lower()
+    parts = {"rlaif": "hallucination", "rlhf": "hallucination", "povid": "hallucination"}
+    return parts.get(start, "reasoning" if start in ("mathverse", "mmmu") else "general")
+
+
 LAYOUTS: dict[str, Callable[[Mapping[str, Any]], list[VisualPreference]]] = {
     "ranked": _ranked,
     "official": _official,
     "pairs": _pairs,
     "choices": _choices,
+    "vl_reward_bench": _vl_reward_bench,
     "verdicts": _verdicts,
 }
 """Name of a layout -> how a row is read."""
@@ -199,6 +226,7 @@ def _layout_of(values: Mapping[str, Any]) -> str:
         ("responses", "ranked"),
         ("chosen", "pairs"),
         ("choices", "choices"),
+        ("human_ranking", "vl_reward_bench"),
     ):
         if values.get(column) is not None:
             return layout

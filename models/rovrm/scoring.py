@@ -104,7 +104,7 @@ class VisualScorer:
         for members in token_batches(lengths, max_tokens=self.max_batch_tokens):
             inputs = collate([prepared[i] for i in members], pad_id=0)
             with torch.inference_mode():
-                found = self.model(*_moved(inputs, next(self.model.parameters()).device)).tolist()
+                found = self.model(*moved(inputs, next(self.model.parameters()).device)).tolist()
             for i, reward in zip(members, found, strict=True):
                 rewards[i] = reward
         return rewards
@@ -130,7 +130,8 @@ def collate(
     return ids_BT, mask_BT, index_B, join_pixels(list(pictures.values()))
 
 
-def _moved(inputs: tuple[Any, ...], device: torch.device) -> list[Any]:
+def moved(inputs: tuple[Any, ...], device: torch.device) -> list[Any]:
+    """What `collate` gave, on a device."""
     return [
         {name: tensor.to(device) for name, tensor in value.items()}
         if isinstance(value, dict)

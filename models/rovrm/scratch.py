@@ -1,12 +1,12 @@
-"""A small LLaVA with random weights: CLIP-style tower, projector, small Llama; nothing is downloaded.
+"""A small LLaVA with random weights: vision tower, projector, small Llama; nothing is downloaded.
 
-Pictures are resized to a square, whatever their shape: cropping would cut away the sides of a wide one, and padding
-would spend most patches on nothing.
+Pictures are resized to one shape: cropping would cut away the sides of a wide one, and padding would spend most patches
+on nothing.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from transformers import (
@@ -15,12 +15,16 @@ from transformers import (
     LlamaConfig,
     LlavaConfig,
     LlavaModel,
+    PreTrainedConfig,
     PreTrainedTokenizerFast,
 )
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from eagleray.models.rovrm.model import VisualRewardModel
 from eagleray.models.rovrm.records import IMAGE_MARKER
+from eagleray.models.rovrm.tower import GROUPS, ConvTowerConfig
+
+Tower = Literal["clip", "conv"]
 
 
 def add_image_token(tokenizer: PreTrainedTokenizerFast) -> int:
@@ -29,10 +33,10 @@ def add_image_token(tokenizer: PreTrainedTokenizerFast) -> int:
     return int(tokenizer.convert_tokens_to_ids(IMAGE_MARKER))  # type: ignore[arg-type]
 
 
-def image_processor(image_size: int) -> Any:
-    """Resizes to a square and scales colours to [−1, 1]."""
+def image_processor(height: int, width: int | None = None) -> Any:
+    """Resizes to one shape, by default a square, and scales colours to [−1, 1]."""
     return CLIPImageProcessorPil(
-        size={"height": image_size, "width": image_size},
+        size={"height": height, "width": width or height},
         do_center_crop=False,
         image_mean=[0.5] * 3,
         image_std=[0.5] * 3,
@@ -43,7 +47,9 @@ def build_llava(
     text: LlamaConfig,
     *,
     image_token_id: int,
+    tower: Tower = "clip",
     image_size: int = 64,
+    image_width: int | None = None,
     patch_size: int = 16,
     width: int = 64,
     layers: int = 2,
@@ -55,34 +61,52 @@ def build_llava(
     Args:
         text: The language model.
         image_token_id: Token that stands for a patch; below the size of the vocabulary.
-        image_size: Side of a picture in pixels; a multiple of `patch_size`.
+        tower: `conv`, or `clip`: a transformer over patches.
+        image_size: Height of a picture in pixels; a multiple of `patch_size`.
+        image_width: Width of a picture, likewise; default: a square, which `clip` needs.
         patch_size: Side of a patch.
         width: Width of the vision tower.
-        layers: Its blocks. Features are taken from the last one: a small tower has none to spare.
-        heads: Its attention heads; must divide `width`.
+        layers: Blocks of `clip`. Features are taken from the last one: a small tower has none to spare.
+        heads: Attention heads of `clip`; must divide `width`.
         seed: Of all weights.
 
     Raises:
         ValueError: The sizes do not fit together.
     """
-    for name, size, divisor in (("image_size", image_size, patch_size), ("width", width, heads)):
+    across = image_width or image_size
+    groups = heads if tower == "clip" else GROUPS * patch_size // 2
+    for name, size, divisor in (
+        ("image_size", image_size, patch_size),
+        ("image_width", across, patch_size),
+        ("width", width, groups),
+    ):
         if size % divisor:
             raise ValueError(f"`{name}` is {size}; it must be a multiple of {divisor}.")
-    vision = CLIPVisionConfig(
-        hidden_size=width,
-        intermediate_size=4 * width,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        image_size=image_size,
-        patch_size=patch_size,
-        projection_dim=width,
-    )
+    if tower == "conv" and patch_size & (patch_size - 1):
+        raise ValueError(f"`patch_size` is {patch_size}; it must be a power of two for a `conv` tower.")
+    if tower == "clip" and across != image_size:
+        raise ValueError("A `clip` tower takes squares only; leave `image_width` out, or take `tower: conv`.")
+    vision: PreTrainedConfig
+    if tower == "conv":
+        vision = ConvTowerConfig(hidden_size=width, patch_size=patch_size)
+    else:
+        vision = CLIPVisionConfig(
+            hidden_size=width,
+            intermediate_size=4 * width,
+            num_hidden_layers=layers,
+            num_attention_heads=heads,
+            image_size=image_size,
+            patch_size=patch_size,
+            projection_dim=width,
+        )
     config = LlavaConfig(
         vision_config=vision,
         text_config=text,
         image_token_index=image_token_id,
-        image_seq_length=(image_size // patch_size) ** 2,
+        image_seq_length=(image_size // patch_size) * (across // patch_size),
         vision_feature_layer=-1,
+        # A class token stands before the patches of `clip`, and nothing before those of `conv`.
+        vision_feature_select_strategy="default" if tower == "clip" else "full",
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

@@ -32,13 +32,22 @@ class RandomProjection:
             )
         self.width, self._seed, self._block = width, seed, block
 
-    def __call__(self, rows_BD: torch.Tensor) -> torch.Tensor:
-        """Project rows; float32 [B, K] on the rows' device."""
+    def __call__(self, rows_BD: torch.Tensor, *, first_block: int = 0) -> torch.Tensor:
+        """Project rows; float32 [B, K] on the rows' device.
+
+        Args:
+            rows_BD: The rows, or a part of longer ones that come piece by piece; the projections of the pieces add up.
+            first_block: Where the signs for a piece begin: after `blocks` of the pieces before it.
+        """
         projected = torch.zeros(rows_BD.shape[0], self.width, device=rows_BD.device)
-        for number, (start, stop) in enumerate(spans(rows_BD.shape[1], self._block)):
+        for number, (start, stop) in enumerate(spans(rows_BD.shape[1], self._block), start=first_block):
             signs = self.signs(number)[: stop - start].to(rows_BD.device)
             projected.addmm_(rows_BD[:, start:stop].float(), signs)
         return projected.div_(math.sqrt(self.width))
+
+    def blocks(self, width: int) -> int:
+        """How many blocks of signs rows of a width take."""
+        return -(-width // self._block)
 
     def signs(self, number: int) -> torch.Tensor:
         """Block `number` of S: +1 and -1 in float32 [block, K]."""

@@ -32,12 +32,13 @@ class VectorTable:
     """sha256 of every file, by its path."""
 
 
-def read_vectors(path: str, *, order: str | None = None) -> VectorTable:
+def read_vectors(path: str, *, order: str | None = None, ids_only: bool = False) -> VectorTable:
     """Read a store into memory, at 4 bytes a number.
 
     Args:
         path: A Parquet file, a pattern, or a folder of such files.
         order: Take only rows with this value in the column `order`, for stores that hold a pair in several orders.
+        ids_only: Leave the vectors where they are; those of the table have no numbers, and `h` need not be there.
 
     Raises:
         DataError: A column or a value is missing, vectors differ in width, an id occurs twice, the rows come from several
@@ -48,17 +49,19 @@ def read_vectors(path: str, *, order: str | None = None) -> VectorTable:
 
     files = find_files(path, (".parquet",))
     store = _Store(path, order)
+    needed = ["id", *([] if ids_only else ["h"]), *(["order"] if order else [])]
+    read = [name for name in _COLUMNS if name != "h" or not ids_only]
     try:
         rows = sum(pq.read_metadata(file).num_rows for file in files)
         for file in files:
             with pq.ParquetFile(file) as parquet:
                 known = parquet.schema_arrow.names
-                missing = [name for name in ("id", "h", *(["order"] if order else [])) if name not in known]
+                missing = [name for name in needed if name not in known]
                 if missing:
                     raise DataError(
                         str(file), f"`{missing[0]}` is missing", f"the columns are {', '.join(known)}"
                     )
-                wanted = [name for name in _COLUMNS if name in known]
+                wanted = [name for name in read if name in known]
                 for batch in parquet.iter_batches(batch_size=_BATCH, columns=wanted):
                     store.add(file, batch, rows)
     except (OSError, pa.ArrowException) as error:
@@ -90,7 +93,19 @@ class _Store:
             if column.null_count:
                 raise DataError(str(file), f"`{name}` is missing in {column.null_count} row(s)")
         ids = [str(value) for value in columns["id"].to_pylist()]
-        widths = np.asarray(compute.list_value_length(columns["h"]))
+        if "h" in columns:
+            self._add_vectors(file, columns["h"], ids, rows)
+        self._ids += ids
+        if "source" in columns:
+            self._sources += [str(value) for value in columns["source"].to_pylist()]
+        if "model_hash" in columns:
+            self._models.update(columns["model_hash"].unique().to_pylist())
+
+    def _add_vectors(self, file: Path, column: Any, ids: list[str], rows: int) -> None:
+        import pyarrow.compute
+
+        compute: Any = pyarrow.compute
+        widths = np.asarray(compute.list_value_length(column))
         width = int(widths[0]) if self._vectors is None else self._vectors.shape[1]
         if (widths != width).any():
             row = int(np.flatnonzero(widths != width)[0])
@@ -98,17 +113,12 @@ class _Store:
             raise DataError(str(file), "vectors of different width", detail)
         if self._vectors is None:
             self._vectors = np.empty((rows, width), dtype=np.float32)
-        values = columns["h"].flatten().to_numpy(zero_copy_only=False)
+        values = column.flatten().to_numpy(zero_copy_only=False)
         start = len(self._ids)
         self._vectors[start : start + len(ids)] = values.reshape(len(ids), width)
-        self._ids += ids
-        if "source" in columns:
-            self._sources += [str(value) for value in columns["source"].to_pylist()]
-        if "model_hash" in columns:
-            self._models.update(columns["model_hash"].unique().to_pylist())
 
     def table(self, hashes: dict[str, str]) -> VectorTable:
-        if self._vectors is None:
+        if not self._ids:
             raise DataError(self._path, "no row is left", f"of order `{self._order}`" if self._order else "")
         if len(self._models) > 1:
             raise DataError(self._path, "vectors of several models", ", ".join(sorted(self._models)))
@@ -120,7 +130,9 @@ class _Store:
         return VectorTable(
             self._ids,
             self._sources if len(self._sources) == len(self._ids) else None,
-            self._vectors[: len(self._ids)],
+            np.empty((len(self._ids), 0), np.float32)
+            if self._vectors is None
+            else self._vectors[: len(self._ids)],
             next(iter(self._models), None),
             hashes,
         )

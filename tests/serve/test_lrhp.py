@@ -15,11 +15,12 @@ from builders import tiny_model, tiny_tokenizer
 from ray.serve.schema import ServeDeploySchema
 
 from eagleray.jobs.serve import serving
-from eagleray.models.lrhp.checkpoint import PairSettings, model_hash, save_tokenizer_and_settings
+from eagleray.models.lrhp.checkpoint import PairSettings, save_tokenizer_and_settings
 from eagleray.models.lrhp.margins import MarginPredictor, fit_ridge
 from eagleray.models.lrhp.model import PairModel
 from eagleray.models.lrhp.prompts import PREFERENCE_TOKEN, add_preference_token
 from eagleray.models.lrhp.representer import Representer
+from eagleray.models.selection.store import model_hash
 from eagleray.serve.lrhp import Args, build_app, load_model
 
 PAIRS = [

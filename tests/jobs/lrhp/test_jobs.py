@@ -11,15 +11,17 @@ import pytest
 import torch
 from builders import tiny_model, tiny_tokenizer
 
+from eagleray.jobs import encoding
 from eagleray.jobs.gram import discriminative
 from eagleray.jobs.lrhp import encode, evaluate, margin, train
-from eagleray.models.lrhp.checkpoint import PairSettings, model_hash, save_tokenizer_and_settings
+from eagleray.models.lrhp.checkpoint import PairSettings, save_tokenizer_and_settings
 from eagleray.models.lrhp.margins import MarginPredictor
 from eagleray.models.lrhp.model import PairModel
 from eagleray.models.lrhp.prompts import add_preference_token
 from eagleray.models.lrhp.representer import Representer
-from eagleray.models.lrhp.store import RepresentationStore, StoreError
+from eagleray.models.lrhp.store import RepresentationStore
 from eagleray.models.lrhp.synthetic import make_typed_pairs
+from eagleray.models.selection.store import StoreError, model_hash
 from eagleray.platform.config import load_config
 from eagleray.platform.runs import RunFolder
 
@@ -54,7 +56,7 @@ def in_process(monkeypatch: pytest.MonkeyPatch) -> None:
     def whole(build: Any, arguments: Any, rows: Any, section: Any) -> Any:
         return build(**arguments)(rows)
 
-    monkeypatch.setattr(encode, "stream_with_model", stream)
+    monkeypatch.setattr(encoding, "stream_with_model", stream)
     monkeypatch.setattr(evaluate, "map_with_model", whole)
 
 

@@ -10,7 +10,8 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from eagleray.models.lrhp.store import RepresentationStore, StoreError, text_hash, unit
+from eagleray.models.lrhp.store import RepresentationStore, unit
+from eagleray.models.selection.store import StoreError, text_hash
 
 
 def _row(name: str, *, order: str = "canonical", **changes: Any) -> dict[str, Any]:
@@ -65,7 +66,7 @@ def test_a_shard_that_the_index_does_not_name_does_not_count(tmp_path: Path) -> 
     store.append([_row("b")])
     (tmp_path / "store.json").write_text(index)
     again = RepresentationStore(tmp_path, model_hash="m1")
-    assert again.pair_hashes("canonical") == {"a": text_hash("a", "x", "y")}
+    assert again.held() == {("a", "canonical"): text_hash("a", "x", "y")}
     again.append([_row("b"), _row("c")])
     assert again.read().ids == ["a", "b", "c"]
     assert len(list(tmp_path.glob("*.parquet"))) == 3
@@ -78,7 +79,7 @@ def test_several_orders_live_side_by_side(tmp_path: Path) -> None:
     store.append([_row("b"), _row("a")])
     store.append([_row("a", order="diff", h=np.zeros(3, dtype=np.float32))])
     store.tidy(shard_rows=10)
-    assert store.pair_hashes("diff").keys() == {"a"}
+    assert {key for key in store.held() if key[1] == "diff"} == {("a", "diff")}
     assert not store.read("diff").h_ND.any() and store.read("canonical").ids == ["a", "b"]
     with pytest.raises(StoreError, match="holds the orders canonical, diff; say which one"):
         store.read()
