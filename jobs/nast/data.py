@@ -47,8 +47,16 @@ class SpeechSource(Section):
     """Part of the data set, e.g. `train`, `dev`, `tst-COMMON`."""
     audio_dir: str | None = None
     """Folder that audio paths of a table are relative to; default: the table's. Relative to `data.root`."""
+    where: dict[str, str] = Field(default={})
+    """Only rows of a table whose columns have these values, e.g. `{kind: seq}`."""
     limit: int | None = Field(default=None, ge=1)
     """Only this many rows, from the start."""
+
+    @model_validator(mode="after")
+    def _only_tables_have_columns(self) -> SpeechSource:
+        if self.where and self.layout in ("mustc", "easy"):
+            raise ValueError(f"`where` is for tables; `layout` is {self.layout!r}")
+        return self
 
 
 class SyntheticSpeech(Section):
@@ -125,6 +133,7 @@ class SpeechRules(Section):
             source_language=self.source_language,
             target_language=self.target_language,
             audio_dir=Path(self.root, source.audio_dir) if source.audio_dir else None,
+            where=source.where,
         )
         return islice(rows, source.limit)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import logging
+import re
 from pathlib import Path
 from typing import Any
 
@@ -285,6 +286,35 @@ def test_a17_the_rate_rises_for_10000_steps_and_falls_with_the_square_root() -> 
     # The reference warms up from 1e-7, not from 0, hence 5.0005e-4 at step 5,000.
     for step, rate in ((5_000, 5.0005e-4), (10_000, 1e-3), (40_000, 5e-4)):
         assert cfg.optim.lr * factor(step) == pytest.approx(rate, abs=1e-7)
+
+
+def test_every_rung_of_the_ladder_in_the_docs_is_a_config() -> None:
+    page = (CONFIGS.parents[1] / "docs" / "nast.md").read_text(encoding="utf-8")
+    names = dict(re.findall(r'^(\w+)="(.*)"$', page, re.MULTILINE))
+    rungs = dict(re.findall(r'^  \[(\w+)\]="(.*)"$', page, re.MULTILINE))
+    assert list(rungs) == ["plain", "inner", "pae", "cla", "curriculum"]
+    configs = []
+    for overrides in rungs.values():
+        for name, value in names.items():
+            overrides = overrides.replace(f"${name}", value)
+        cfg = load_config(train.Config, CONFIGS / "fsdd_numbers.yaml", overrides.split())
+        model = cfg.model.config(vocab_size=39)
+        configs.append(
+            (
+                len(model.inner_target_layers),
+                model.target_prediction if model.inner_target_layers else "none",
+                model.adapter,
+                model.cross_layer_source,
+                cfg.loss.curriculum.mixing(default=0.8).ratio,
+            )
+        )
+    assert configs == [
+        (0, "none", "none", None, 0.0),
+        (2, "none", "none", None, 0.0),
+        (2, "inter_league", "inter_league", None, 0.0),
+        (2, "inter_league", "inter_league", 1, 0.0),
+        (2, "inter_league", "inter_league", 1, 0.8),
+    ]
 
 
 def test_the_sibling_takes_the_defaults_of_its_recipe() -> None:
