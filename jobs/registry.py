@@ -34,6 +34,7 @@ JOBS = {
     "nast.translate": "eagleray.jobs.nast.translate",
     "nast.evaluate": "eagleray.jobs.nast.evaluate",
     "nast.distill": "eagleray.jobs.nast.distill",
+    "nast.text": "eagleray.jobs.nast.text",
     "rovrm.train": "eagleray.jobs.rovrm.train",
     "rovrm.evaluate": "eagleray.jobs.rovrm.evaluate",
     "rovrm.hallucination": "eagleray.jobs.rovrm.hallucination",

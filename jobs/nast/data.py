@@ -17,9 +17,9 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from eagleray.models.nast.audio import SAMPLE_RATE, read_clips
+from eagleray.models.nast.audio import SAMPLE_RATE, read_clips, to_pcm
 from eagleray.models.nast.errors import SpeechDataError
-from eagleray.models.nast.features import frame_count
+from eagleray.models.nast.features import NYQUIST, frame_count
 from eagleray.models.nast.frontend import Frontend
 from eagleray.models.nast.layouts import Layout, read_layout
 from eagleray.models.nast.manifest import Utterance, check_utterance, clips_to_text, unique_ids
@@ -47,8 +47,16 @@ class SpeechSource(Section):
     """Part of the data set, e.g. `train`, `dev`, `tst-COMMON`."""
     audio_dir: str | None = None
     """Folder that audio paths of a table are relative to; default: the table's. Relative to `data.root`."""
+    where: dict[str, str] = Field(default={})
+    """Only rows of a table whose columns have these values, e.g. `{kind: seq}`."""
     limit: int | None = Field(default=None, ge=1)
     """Only this many rows, from the start."""
+
+    @model_validator(mode="after")
+    def _only_tables_have_columns(self) -> SpeechSource:
+        if self.where and self.layout in ("mustc", "easy"):
+            raise ValueError(f"`where` is for tables; `layout` is {self.layout!r}")
+        return self
 
 
 class SyntheticSpeech(Section):
@@ -125,6 +133,7 @@ class SpeechRules(Section):
             source_language=self.source_language,
             target_language=self.target_language,
             audio_dir=Path(self.root, source.audio_dir) if source.audio_dir else None,
+            where=source.where,
         )
         return islice(rows, source.limit)
 
@@ -165,8 +174,9 @@ class SpeechData(SpeechRules):
     """Folder of a run of `nast.prepare` in their place."""
     drop_infeasible: bool = False
     """Leave out training utterances whose target is longer than CTC allows; they are counted in any case."""
-    cache_features: bool = False
-    """Keep features in the example files: faster, 32 kB a second, and no speed perturbation."""
+    cache: Literal["none", "audio", "features"] = "none"
+    """What the example files keep, at 32 kB a second: decoded `audio` saves reading and resampling at every step;
+    `features` also save computing them, and leave SpecAugment as the only augmentation."""
 
     @model_validator(mode="after")
     def _one_origin(self) -> SpeechData:
@@ -194,12 +204,17 @@ class VocabularySection(Section):
 class FrontendSection(Section):
     """From waveforms to features."""
 
+    level: float | None = Field(default=None, gt=0, le=0.5)
+    """Root mean square that every waveform is scaled to, e.g. 0.05 where recordings differ in loudness. Without it
+    loudness matters in so far as `dither` and rounding are relatively stronger in quiet recordings."""
     dither: float = Field(default=0.0, ge=0, lt=0.1)
     """Standard deviation of noise added to every waveform, always the same; for audio with digital silence."""
+    max_frequency: float = Field(default=NYQUIST, ge=2000, le=NYQUIST)
+    """Upper end of the mel filters in Hz; 4000 for telephone speech."""
 
     def build(self) -> Frontend:
         """The front end with these settings."""
-        return Frontend(dither=self.dither)
+        return Frontend(**self.model_dump())
 
 
 @dataclass
@@ -266,12 +281,12 @@ def prepare_examples(
         counts = Counter[str]()
         drop = data.drop_infeasible and name == "train"
         rows = _rows(loaded, (target, source), strides, counts, drop=drop)
-        if data.cache_features:
-            rows = _with_features(rows, loaded, frontend)
+        if data.cache != "none":
+            rows = _with_cache(rows, loaded, frontend if data.cache == "features" else None)
         write_examples(folder / f"{name}.arrow", rows)
         summary[name] = {**loaded.summary(), **counts, "sha256": loaded.content_hash()}
         _warn_of_infeasible(name, summary[name])
-    summary["frontend"], summary["cached"] = frontend.settings(), data.cache_features
+    summary["frontend"], summary["cached"] = frontend.settings(), data.cache
     (folder / SUMMARY_FILE).write_text(json.dumps(summary, indent=1, ensure_ascii=False), encoding="utf-8")
     return summary
 
@@ -330,12 +345,17 @@ def _rows(
         }
 
 
-def _with_features(
-    rows: Iterator[dict[str, Any]], loaded: LoadedSpeech, frontend: Frontend
+def _with_cache(
+    rows: Iterator[dict[str, Any]], loaded: LoadedSpeech, frontend: Frontend | None
 ) -> Iterator[dict[str, Any]]:
+    """Rows with features, or without a front end with 16-bit audio."""
     clips = {row.id: row.clips for row in loaded.utterances}
     for row in rows:
-        features_TF = frontend(read_clips(clips[row["id"]]))
+        waveform_N = read_clips(clips[row["id"]])
+        if frontend is None:
+            yield {**row, "audio": to_pcm(waveform_N)}
+            continue
+        features_TF = frontend(waveform_N)
         yield {**row, "length": len(features_TF), "features": features_TF.numpy().ravel()}
 
 
@@ -358,7 +378,7 @@ def _link_prepared(prepared: Path, frontend: Frontend, folder: Path) -> dict[str
             "`nast.prepare`."
         )
     summary = json.loads((origin / SUMMARY_FILE).read_text(encoding="utf-8"))
-    if summary["cached"] and summary["frontend"] != frontend.settings():
+    if summary["cached"] == "features" and summary["frontend"] != frontend.settings():
         raise ValueError(
             f"The features of {origin} were computed with {summary['frontend']}, the config has "
             f"{frontend.settings()}. Prepare them again, or take over the settings."

@@ -107,6 +107,10 @@ class CurriculumSection(Section):
     smoothing: float = Field(default=0.1, ge=0, le=1)
     """Mass of the told label that is spread over all pieces."""
 
+    def mixing(self, *, default: float) -> Mixing:
+        """The mixing with these settings; `default` is the ratio where none is given."""
+        return Mixing(**{**self.model_dump(), "ratio": default if self.ratio is None else self.ratio})
+
 
 class LossSection(Section):
     """Weights of the CTC terms; what is not given is the paper's."""
@@ -134,23 +138,15 @@ class LossSection(Section):
         batch = [tensors[name] for name in names]
         batch[0] = batch[0].to(model.dtype)  # features are made in fp32; the weights may be bf16
         if isinstance(model.config, AutoregressiveConfig):
-            weights, mixing = self._weights(SIBLING_WEIGHTS), self._mixing(0.5)
+            weights, mixing = self._weights(SIBLING_WEIGHTS), self.curriculum.mixing(default=0.5)
             smoothing = self.label_smoothing
             return autoregressive_loss(
                 model, *batch, weights=weights, mixing=mixing, label_smoothing=smoothing
             )
-        return nast_loss(model, *batch, weights=self._weights(LossWeights()), mixing=self._mixing(0.8))
+        weights, mixing = self._weights(LossWeights()), self.curriculum.mixing(default=0.8)
+        return nast_loss(model, *batch, weights=weights, mixing=mixing)
 
     def _weights(self, default: LossWeights) -> LossWeights:
         names = ("source", "target", "inner_source", "inner_target")
         given = {name: getattr(self, name) for name in names}
         return replace(default, **{name: value for name, value in given.items() if value is not None})
-
-    def _mixing(self, default: float) -> Mixing:
-        curriculum = self.curriculum
-        return Mixing(
-            ratio=default if curriculum.ratio is None else curriculum.ratio,
-            only_mistakes=curriculum.only_mistakes,
-            adaptive=curriculum.adaptive,
-            smoothing=curriculum.smoothing,
-        )

@@ -21,8 +21,8 @@ from torch import Tensor, nn
 
 from eagleray.jobs.nast.data import FrontendSection, SpeechData, VocabularySection, prepare_examples
 from eagleray.jobs.nast.model import LossSection, NastSection
-from eagleray.models.nast.audio import read_clips
-from eagleray.models.nast.features import spec_augment, speed
+from eagleray.models.nast.audio import from_pcm, read_clips
+from eagleray.models.nast.features import add_noise, spec_augment, speed
 from eagleray.models.nast.manifest import clips_from_text
 from eagleray.models.nast.metrics import bleu, exact_match, word_error_rate
 from eagleray.models.nast.model import SpeechModel
@@ -42,14 +42,36 @@ class AugmentSection(Section):
 
     speeds: tuple[float, ...] = (1.0,)
     """Speeds of which each utterance gets one, drawn anew at every step, e.g. [0.9, 1.0, 1.1]; paper: off."""
+    warps: tuple[float, ...] = (1.0,)
+    """Warpings of the frequency axis, drawn in the same way: other lengths of the vocal tract, e.g. [0.9, 1.0, 1.1]."""
+    noise_db: tuple[float, float] | None = None
+    """Range that the level of the speech over added white noise is drawn from, in decibels, e.g. [10, 40]."""
     spec_augment: bool = True
     """Mask bands of time and frequency (policy `ld2` of the release)."""
 
     @model_validator(mode="after")
-    def _speeds_are_possible(self) -> AugmentSection:
-        if not self.speeds or any(not 0.5 <= factor <= 2 for factor in self.speeds):
-            raise ValueError(f"`augment.speeds` is {list(self.speeds)}; give speeds from 0.5 to 2")
+    def _values_are_possible(self) -> AugmentSection:
+        for name, factors, low, high in (("speeds", self.speeds, 0.5, 2), ("warps", self.warps, 0.7, 1.4)):
+            if not factors or any(not low <= factor <= high for factor in factors):
+                raise ValueError(f"`augment.{name}` is {list(factors)}; give numbers from {low} to {high}")
+        if self.noise_db and self.noise_db[0] > self.noise_db[1]:
+            raise ValueError(f"`augment.noise_db` is {list(self.noise_db)}; give the smaller number first")
         return self
+
+    @property
+    def changes_audio(self) -> bool:
+        """Whether anything but SpecAugment is on."""
+        return self.speeds != (1.0,) or self.warps != (1.0,) or self.noise_db is not None
+
+    def change_audio(self, waveform_N: Tensor, generator: torch.Generator) -> tuple[Tensor, float]:
+        """The waveform at another speed and with noise, and a warp for its features."""
+        waveform_N = speed(waveform_N, _draw(self.speeds, generator))
+        warp = _draw(self.warps, generator)
+        if self.noise_db is not None:
+            low, high = self.noise_db
+            decibels = low + (high - low) * torch.rand((), generator=generator).item()
+            waveform_N = add_noise(waveform_N, decibels, generator=generator)
+        return waveform_N, warp
 
 
 class Config(TrainingConfig):
@@ -70,9 +92,11 @@ class Config(TrainingConfig):
     )
 
     @model_validator(mode="after")
-    def _cache_has_one_speed(self) -> Config:
-        if self.data.cache_features and self.augment.speeds != (1.0,):
-            raise ValueError("`augment.speeds` needs waveforms; set `data.cache_features: false`")
+    def _fits_together(self) -> Config:
+        if self.data.cache == "features" and self.augment.changes_audio:
+            raise ValueError(
+                "`augment.speeds`, `augment.warps` and `augment.noise_db` need audio; set `data.cache: audio`"
+            )
         if self.lora is not None:
             raise ValueError("`lora` is for language models; leave it out")
         if self.model.architecture == "autoregressive" and self.deepspeed.zero_stage == 3:
@@ -133,18 +157,18 @@ class SpeechTask(Task):
         row, augment = self.train[index], self.cfg.augment
         key = np.random.SeedSequence([self.cfg.train.seed, step, index]).generate_state(1, np.uint64)[0]
         generator = torch.Generator().manual_seed(int(key >> 1))
-        factor = augment.speeds[int(torch.randint(len(augment.speeds), (), generator=generator))]
-        features_TF = self._features(row, factor)
+        if augment.changes_audio:
+            waveform_N, warp = augment.change_audio(torch.from_numpy(_waveform(row)), generator)
+            features_TF = self.frontend(waveform_N.numpy(), warp=warp)
+        else:
+            features_TF = self._features(row)
         return spec_augment(features_TF, generator=generator) if augment.spec_augment else features_TF
 
-    def _features(self, row: dict[str, Any], factor: float = 1.0) -> Tensor:
+    def _features(self, row: dict[str, Any]) -> Tensor:
         if "features" in row:
             # A copy, because the row is read-only memory of the file.
             return torch.from_numpy(row["features"].copy()).view(row["length"], -1)
-        waveform_N = read_clips(clips_from_text(row["clips"]))
-        if factor != 1.0:
-            waveform_N = speed(torch.from_numpy(waveform_N), factor).numpy()
-        return self.frontend(waveform_N)
+        return self.frontend(_waveform(row))
 
     def _collate(self, examples: Sequence[tuple[dict[str, Any], Tensor]]) -> Batch:
         """`features` [B, T, 80] with `lengths` [B], `source` and `target` [B, U] with theirs, padded on the right."""
@@ -183,6 +207,14 @@ def _prepare(cfg: Config, run: RunFolder) -> None:
         )
     hashes = {part: summary[part]["sha256"] for part in ("train", "eval")}
     run.update_manifest(data_hashes=hashes, data=summary)
+
+
+def _waveform(row: dict[str, Any]) -> np.ndarray:
+    return from_pcm(row["audio"]) if "audio" in row else read_clips(clips_from_text(row["clips"]))
+
+
+def _draw(values: tuple[float, ...], generator: torch.Generator) -> float:
+    return values[int(torch.randint(len(values), (), generator=generator))]
 
 
 def _ids(ids: np.ndarray) -> Tensor:

@@ -140,6 +140,16 @@ def to_rate(waveform_N: np.ndarray, given: int, wanted: int) -> np.ndarray:
     return resample(torch.from_numpy(waveform_N), given, wanted).numpy()
 
 
+def to_pcm(waveform_N: np.ndarray) -> bytes:
+    """16-bit samples, rounded, as bytes; two a sample."""
+    return np.clip(np.round(waveform_N * 2**15), -(2**15), 2**15 - 1).astype("<i2").tobytes()
+
+
+def from_pcm(audio: bytes) -> np.ndarray:
+    """Waveform of what `to_pcm` wrote: float32, shape (samples,)."""
+    return np.frombuffer(audio, "<i2").astype(np.float32) / 2**15
+
+
 def write_wav(path: Path, waveform_N: np.ndarray, *, sample_rate: int = SAMPLE_RATE) -> None:
     """Write 16-bit PCM."""
     path.parent.mkdir(parents=True, exist_ok=True)

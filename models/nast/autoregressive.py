@@ -18,9 +18,8 @@ from torch import Tensor, nn
 
 from eagleray.models.nast.attention import KeyValue, sinusoids
 from eagleray.models.nast.config import AutoregressiveConfig
-from eagleray.models.nast.curriculum import Oracle
 from eagleray.models.nast.decoding import Hypothesis
-from eagleray.models.nast.encoder import NastOutput, StackedEncoder
+from eagleray.models.nast.encoder import DrawOracle, NastOutput, StackedEncoder
 from eagleray.models.nast.layers import DecoderLayer
 from eagleray.models.nast.model import SpeechModel
 from eagleray.models.nast.subsampler import keep_mask
@@ -77,7 +76,7 @@ class AutoregressiveModel(SpeechModel):
         target_BU: Tensor,
         target_lengths_B: Tensor,
         *,
-        oracle: Oracle | None = None,
+        draw_oracle: DrawOracle | None = None,
     ) -> tuple[NastOutput, Tensor]:
         """Encoder output, and logits [B, U + 1, V] of each token and `</s>` given the ones before.
 
@@ -86,9 +85,9 @@ class AutoregressiveModel(SpeechModel):
             lengths_B: Frames of each clip.
             target_BU: Translation without `</s>`; beyond its length anything in the vocabulary.
             target_lengths_B: Tokens of each translation.
-            oracle: What inner target predictions are told in training.
+            draw_oracle: What inner target predictions are told in training.
         """
-        output = self.encoder(features_BTF, lengths_B, oracle=oracle)
+        output = self.encoder(features_BTF, lengths_B, draw_oracle=draw_oracle)
         mask = keep_mask(output.lengths, output.hidden_BSD.shape[1])[:, None, None]
         # As in the reference, `</s>` also begins a sentence.
         given_BU = F.pad(target_BU, (1, 0), value=self.config.eos_token_id)

@@ -5,8 +5,7 @@ Shapes: B clips, T feature frames, F features, S frames after subsampling, D wid
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -18,7 +17,6 @@ from eagleray.models.nast.curriculum import Oracle
 from eagleray.models.nast.layers import (
     AcousticTransformerLayer,
     ConformerLayer,
-    MaskedBatchNorm,
     TextualLayer,
 )
 from eagleray.models.nast.prediction import CtcHead, InnerPredictions, PredictionAdapter
@@ -31,6 +29,10 @@ class Prediction:
 
     logits_BSV: Tensor
     lengths_B: Tensor
+
+
+DrawOracle = Callable[[Prediction], Oracle]
+"""What the textual encoder is told, drawn from the top target prediction that it makes without being told."""
 
 
 @dataclass
@@ -141,9 +143,21 @@ class TextualEncoder(nn.Module):
         )
 
     def forward(
-        self, x_BSD: Tensor, lengths_B: Tensor, head: CtcHead, oracle: Oracle | None = None
+        self, x_BSD: Tensor, lengths_B: Tensor, head: CtcHead, draw_oracle: DrawOracle | None = None
+    ) -> tuple[Tensor, Prediction, dict[int, Prediction]]:
+        """Normalised states, the top prediction and the inner ones; these are told what `draw_oracle` draws."""
+        oracle = None
+        if draw_oracle is not None:
+            # Paper: the reference runs the acoustic encoder a second time too, with other dropout.
+            with torch.no_grad():
+                untold_BSD, _ = self._encode(x_BSD, lengths_B, head, None)
+                oracle = draw_oracle(Prediction(head(untold_BSD), lengths_B))
+        hidden_BSD, predictions = self._encode(x_BSD, lengths_B, head, oracle)
+        return hidden_BSD, Prediction(head(hidden_BSD), lengths_B), predictions
+
+    def _encode(
+        self, x_BSD: Tensor, lengths_B: Tensor, head: CtcHead, oracle: Oracle | None
     ) -> tuple[Tensor, dict[int, Prediction]]:
-        """Normalised states and the inner predictions; `oracle` is what these are told in training."""
         keep_BS = keep_mask(lengths_B, x_BSD.shape[1])
         predictions: dict[int, Prediction] = {}
         low_BSD = None
@@ -170,32 +184,21 @@ class StackedEncoder(nn.Module):
         self.textual = TextualEncoder(config)
         self.target_head = CtcHead(vocab_size=config.vocab_size, dropout=config.dropout, **shared)
 
-    def forward(self, features_BTF: Tensor, lengths_B: Tensor, *, oracle: Oracle | None = None) -> NastOutput:
+    def forward(
+        self, features_BTF: Tensor, lengths_B: Tensor, *, draw_oracle: DrawOracle | None = None
+    ) -> NastOutput:
         x_BTF = features_BTF.to(self.source_head.weight.dtype)
         h_BSD, lengths_B, inner_source = self.acoustic(x_BTF, lengths_B, self.source_head)
         source_logits = self.source_head(h_BSD)
         x_BSD = self.adapter(h_BSD, source_logits)
-        hidden_BSD, inner_target = self.textual(x_BSD, lengths_B, self.target_head, oracle)
+        hidden_BSD, target, inner_target = self.textual(x_BSD, lengths_B, self.target_head, draw_oracle)
         return NastOutput(
-            Prediction(source_logits, lengths_B),
-            Prediction(self.target_head(hidden_BSD), lengths_B),
-            inner_source,
-            inner_target,
-            hidden_BSD,
+            source=Prediction(source_logits, lengths_B),
+            target=target,
+            inner_source=inner_source,
+            inner_target=inner_target,
+            hidden_BSD=hidden_BSD,
         )
-
-
-@contextlib.contextmanager
-def frozen_statistics(model: nn.Module) -> Iterator[None]:
-    """While open, BatchNorm leaves its running statistics alone; the reference updates them twice a step."""
-    norms = [module for module in model.modules() if isinstance(module, MaskedBatchNorm)]
-    for norm in norms:
-        norm.frozen = True
-    try:
-        yield
-    finally:
-        for norm in norms:
-            norm.frozen = False
 
 
 def _acoustic_layer(config: NastConfig) -> nn.Module:

@@ -1,6 +1,7 @@
-"""Speech features: Kaldi-style log-mel filter banks, normalisation, speed perturbation, SpecAugment (spec 3.3).
+"""Speech features: Kaldi-style log-mel filter banks, normalisation, and changes to training audio (spec 3.3).
 
 Dither is off, so features are a function of the waveform. Everything runs on one clip and on any device.
+Windows, filters and resampling kernels are computed once: for short clips they cost more than their use.
 
 Shapes: N samples, T frames, F mel bins.
 """
@@ -9,15 +10,20 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
+import torch.nn.functional as F
 import torchaudio
 from torch import Tensor
+from torchaudio.compliance.kaldi import get_mel_banks
 
 SAMPLE_RATE = 16_000
 MEL_BINS = 80
 WINDOW, HOP = 400, 160
 """Samples of a window (25 ms) and between windows (10 ms)."""
+NYQUIST = SAMPLE_RATE / 2
+_FFT = 512
 
 
 def frame_count(samples: int) -> int:
@@ -29,8 +35,13 @@ def frame_count(samples: int) -> int:
     return 0 if samples < WINDOW else 1 + (samples - WINDOW) // HOP
 
 
-def fbank(waveform_N: Tensor) -> Tensor:
+def fbank(waveform_N: Tensor, *, max_frequency: float = NYQUIST, warp: float = 1.0) -> Tensor:
     """Log-mel features [T, 80], float32, of a 16 kHz waveform in [−1, 1].
+
+    Args:
+        waveform_N: Samples.
+        max_frequency: Upper end of the highest filter in Hz; 4000 for telephone speech, which has nothing above.
+        warp: Warping of the frequency axis as for a shorter (below 1) or longer vocal tract (Kaldi's VTLN).
 
     Raises:
         ValueError: The waveform is not one channel, or shorter than one window.
@@ -40,9 +51,13 @@ def fbank(waveform_N: Tensor) -> Tensor:
             f"The waveform has shape {tuple(waveform_N.shape)}; it must be one channel of at least {WINDOW} samples "
             "(25 ms). Leave shorter clips out."
         )
-    return torchaudio.compliance.kaldi.fbank(
-        waveform_N.float()[None] * 2**15, num_mel_bins=MEL_BINS, sample_frequency=SAMPLE_RATE, dither=0.0
-    )
+    frames = (waveform_N.float() * 2**15).unfold(0, WINDOW, HOP)
+    frames = frames - frames.mean(1, keepdim=True)
+    before = F.pad(frames[:, :-1], (1, 0), mode="replicate")
+    spectrum = torch.fft.rfft((frames - 0.97 * before) * _povey_window().to(frames.device), _FFT)
+    power = spectrum.real.square() + spectrum.imag.square()
+    mel = power[:, :-1] @ _mel_filters(max_frequency, warp).to(power.device)
+    return mel.clamp_min(torch.finfo(torch.float32).eps).log()
 
 
 def normalise(features_TF: Tensor, statistics: GlobalStatistics | None = None) -> Tensor:
@@ -86,7 +101,19 @@ def speed(waveform_N: Tensor, factor: float) -> Tensor:
         raise ValueError(f"`factor` is {factor}; it must be in [0.5, 2]. The usual ones are 0.9 and 1.1.")
     if factor == 1.0:
         return waveform_N
-    return torchaudio.functional.speed(waveform_N, SAMPLE_RATE, factor)[0]
+    return _speed(factor).to(waveform_N.device)(waveform_N)[0]
+
+
+def add_noise(waveform_N: Tensor, decibels: float, *, generator: torch.Generator | None = None) -> Tensor:
+    """The waveform with white noise that is `decibels` weaker than it; silence stays as it is."""
+    noise_N = torch.randn(waveform_N.shape, generator=generator).to(waveform_N)
+    return waveform_N + waveform_N.square().mean().sqrt() * 10 ** (-decibels / 20) * noise_N
+
+
+def to_level(waveform_N: Tensor, level: float) -> Tensor:
+    """The waveform scaled to a root mean square of `level`; silence stays as it is."""
+    power = waveform_N.square().mean()
+    return waveform_N * (level * power.rsqrt() if power > 0 else 1.0)
 
 
 @dataclass(frozen=True)
@@ -139,3 +166,22 @@ def spec_augment(
         start = draw(frames - width)
         masked[start : start + width] = fill
     return masked
+
+
+@lru_cache
+def _povey_window() -> Tensor:
+    return torch.hann_window(WINDOW, periodic=False).pow(0.85)
+
+
+@lru_cache(maxsize=64)
+def _mel_filters(max_frequency: float, warp: float) -> Tensor:
+    """Triangles [FFT / 2, F] from 20 Hz upwards; the axis is bent between 100 Hz and 500 Hz below the upper end."""
+    filters_FK, _ = get_mel_banks(
+        MEL_BINS, _FFT, SAMPLE_RATE, 20.0, max_frequency, 100.0, max_frequency - 500.0, warp
+    )
+    return filters_FK.T.contiguous()
+
+
+@lru_cache(maxsize=64)
+def _speed(factor: float) -> torchaudio.transforms.Speed:
+    return torchaudio.transforms.Speed(SAMPLE_RATE, factor)

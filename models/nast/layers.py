@@ -40,8 +40,6 @@ class MaskedBatchNorm(nn.Module):
     Statistics leave padding out, so the length of the longest clip does not matter, and are summed over all workers in
     one all-reduce, so every worker holds the same running statistics and a batch split over workers has the same
     gradient. Paper: the reference counts padded zeros and keeps statistics of each worker apart.
-
-    `frozen` (an attribute, set during the oracle pass) normalises by the batch but leaves running statistics alone.
     """
 
     running_mean: Tensor
@@ -53,7 +51,7 @@ class MaskedBatchNorm(nn.Module):
         self.bias = nn.Parameter(torch.zeros(channels))
         self.register_buffer("running_mean", torch.zeros(channels))
         self.register_buffer("running_variance", torch.ones(channels))
-        self.momentum, self.eps, self.frozen = momentum, eps, False
+        self.momentum, self.eps = momentum, eps
 
     def forward(self, x_BSC: Tensor, keep_BS: Tensor) -> Tensor:
         if self.training:
@@ -72,11 +70,10 @@ class MaskedBatchNorm(nn.Module):
         channels, count = len(self.weight), sums[-1]
         mean = sums[:channels] / count
         variance = (sums[channels:-1] / count - mean.square()).clamp_min(0.0)
-        if not self.frozen:
-            with torch.no_grad():
-                unbiased = variance * (count / (count - 1).clamp_min(1.0))
-                self.running_mean.lerp_(mean.to(self.running_mean.dtype), self.momentum)
-                self.running_variance.lerp_(unbiased.to(self.running_variance.dtype), self.momentum)
+        with torch.no_grad():
+            unbiased = variance * (count / (count - 1).clamp_min(1.0))
+            self.running_mean.lerp_(mean.to(self.running_mean.dtype), self.momentum)
+            self.running_variance.lerp_(unbiased.to(self.running_variance.dtype), self.momentum)
         return mean, variance
 
 

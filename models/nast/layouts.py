@@ -49,6 +49,7 @@ def read_layout(
     source_language: str = "en",
     target_language: str = "de",
     audio_dir: Path | None = None,
+    where: Mapping[str, str] | None = None,
 ) -> Rows:
     """Utterances of a data set in file order.
 
@@ -59,12 +60,13 @@ def read_layout(
         source_language: Ending of the transcripts' file.
         target_language: Ending of the translations' file.
         audio_dir: Where relative audio paths of a table start; default: the table's folder.
+        where: Only rows of a table whose columns have these values.
 
     Raises:
         SpeechDataError: Nothing there fits, or rows would shift.
     """
     if layout == "table" or (layout == "auto" and path.is_file()):
-        return read_table(_table_of(path, split), audio_dir=audio_dir)
+        return read_table(_table_of(path, split), audio_dir=audio_dir, where=where)
     if not path.is_dir():
         raise SpeechDataError(str(path), "there is no such file or folder")
     root = _split_folder(path, split)
@@ -72,14 +74,14 @@ def read_layout(
         return _read_mustc(root, split, source_language, target_language)
     if layout == "easy" or (layout == "auto" and (root / "txt" / f"{split}.audio").is_file()):
         return _read_easy(root, split, source_language, target_language)
-    return read_table(_table_of(path, split), audio_dir=audio_dir)
+    return read_table(_table_of(path, split), audio_dir=audio_dir, where=where)
 
 
-def read_table(path: Path, *, audio_dir: Path | None = None) -> Rows:
-    """Utterances of a TSV or CSV table.
+def read_table(path: Path, *, audio_dir: Path | None = None, where: Mapping[str, str] | None = None) -> Rows:
+    """Utterances of a TSV or CSV table; with `where`, of the rows whose columns have these values.
 
     Raises:
-        SpeechDataError: The file is missing or not UTF-8, or has no column of audio.
+        SpeechDataError: The file is missing or not UTF-8, or has no column of audio or of `where`.
     """
     text = _read_text(path)
     dialect: dict[str, Any] = {"delimiter": "\t", "quoting": csv.QUOTE_NONE, "escapechar": "\\"}
@@ -94,16 +96,26 @@ def read_table(path: Path, *, audio_dir: Path | None = None) -> Rows:
             "the table has no column of audio",
             f"it has {', '.join(header) or 'nothing'}; name it one of {', '.join(_NAMES['audio'])}",
         )
-    return _table_rows(reader, path, columns, audio_dir or path.parent)
+    if missing := [name for name in where or {} if name not in header]:
+        raise SpeechDataError(
+            f"{path}:1", f"the table has no column {missing[0]!r}", f"it has {', '.join(header)}"
+        )
+    return _table_rows(reader, path, columns, audio_dir or path.parent, where or {})
 
 
 def _table_rows(
-    reader: csv.DictReader[str], path: Path, columns: Mapping[str, str | None], audio_dir: Path
+    reader: csv.DictReader[str],
+    path: Path,
+    columns: Mapping[str, str | None],
+    audio_dir: Path,
+    wanted: Mapping[str, str],
 ) -> Rows:
     for number, row in enumerate(reader, start=1):
         where = f"{path}:{reader.line_num}"
         if row.get(None) or None in row.values():  # type: ignore[call-overload]
             yield SpeechDataError(where, "the row has another number of fields than the header")
+            continue
+        if any(row[name] != value for name, value in wanted.items()):
             continue
         fields = {field: row[name].strip() if name else "" for field, name in columns.items()}
         try:

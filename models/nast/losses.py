@@ -21,11 +21,11 @@ from torch import Tensor
 
 from eagleray.models.nast.alignment import align
 from eagleray.models.nast.curriculum import Mixing, Oracle, draw_oracle
-from eagleray.models.nast.encoder import NastOutput, Prediction, frozen_statistics
+from eagleray.models.nast.encoder import DrawOracle, NastOutput, Prediction
 
 if TYPE_CHECKING:
     from eagleray.models.nast.autoregressive import AutoregressiveModel
-    from eagleray.models.nast.model import NastModel
+    from eagleray.models.nast.model import NastModel, SpeechModel
 
 
 @dataclass(frozen=True)
@@ -91,19 +91,26 @@ def ctc_terms(
 ) -> dict[str, Tensor]:
     """The four terms of the loss, unweighted; inner ones are means over their layers, and absent without any."""
 
-    def total(predictions: Iterable[Prediction], labels: Tensor, lengths: Tensor) -> Tensor:
-        losses = [ctc_sum(p.logits_BSV, p.lengths_B, labels, lengths, blank_id=blank_id) for p in predictions]
-        return torch.stack(losses).mean()
-
+    source, target = (source_BU, source_lengths_B), (target_BU, target_lengths_B)
     terms = {
-        "source": total([output.source], source_BU, source_lengths_B),
-        "target": total([output.target], target_BU, target_lengths_B),
+        "source": mean_ctc([output.source], *source, blank_id=blank_id),
+        "target": mean_ctc([output.target], *target, blank_id=blank_id),
     }
     if output.inner_source:
-        terms["inner_source"] = total(output.inner_source.values(), source_BU, source_lengths_B)
+        terms["inner_source"] = mean_ctc(output.inner_source.values(), *source, blank_id=blank_id)
     if output.inner_target:
-        terms["inner_target"] = total(output.inner_target.values(), target_BU, target_lengths_B)
+        terms["inner_target"] = mean_ctc(output.inner_target.values(), *target, blank_id=blank_id)
     return terms
+
+
+def mean_ctc(
+    predictions: Iterable[Prediction], labels_BU: Tensor, label_lengths_B: Tensor, *, blank_id: int = 0
+) -> Tensor:
+    """Mean over predictions of the batch's summed CTC."""
+    losses = [
+        ctc_sum(p.logits_BSV, p.lengths_B, labels_BU, label_lengths_B, blank_id=blank_id) for p in predictions
+    ]
+    return torch.stack(losses).mean()
 
 
 def nast_loss(
@@ -133,13 +140,11 @@ def nast_loss(
         mixing: Curriculum mixing; default: that of the paper.
         generator: Source of the mixing's draws, on the device of the model; default: torch's own.
     """
-    oracle = _oracle(
-        model, features_BTF, lengths_B, target_BU, target_lengths_B, mixing or Mixing(), generator
-    )
-    output = model(features_BTF, lengths_B, oracle=oracle)
+    oracle = oracle_of(model, target_BU, target_lengths_B, mixing or Mixing(), generator)
+    output = model(features_BTF, lengths_B, draw_oracle=oracle)
     labels = (source_BU, source_lengths_B, target_BU, target_lengths_B)
     terms = ctc_terms(output, *labels, blank_id=model.config.blank_token_id)
-    return _weighted(terms, weights or LossWeights()), _detached(terms)
+    return weighted_sum(terms, weights or LossWeights()), _detached(terms)
 
 
 def autoregressive_loss(
@@ -161,8 +166,8 @@ def autoregressive_loss(
     The defaults are those of the recipe: `SIBLING_WEIGHTS` and a mixing ratio of 0.5.
     """
     mixing = mixing or Mixing(ratio=0.5)
-    oracle = _oracle(model, features_BTF, lengths_B, target_BU, target_lengths_B, mixing, generator)
-    output, logits_BUV = model(features_BTF, lengths_B, target_BU, target_lengths_B, oracle=oracle)
+    oracle = oracle_of(model, target_BU, target_lengths_B, mixing, generator)
+    output, logits_BUV = model(features_BTF, lengths_B, target_BU, target_lengths_B, draw_oracle=oracle)
     expected_BU = model.with_end(target_BU, target_lengths_B)
     cross_entropy = F.cross_entropy(
         logits_BUV.float().flatten(0, 1),
@@ -173,31 +178,33 @@ def autoregressive_loss(
     )
     labels = (source_BU, source_lengths_B, target_BU, target_lengths_B)
     terms = ctc_terms(output, *labels, blank_id=model.config.blank_token_id)
-    total = cross_entropy + _weighted(terms, weights or SIBLING_WEIGHTS)
+    total = cross_entropy + weighted_sum(terms, weights or SIBLING_WEIGHTS)
     return total, _detached({"cross_entropy": cross_entropy, **terms})
 
 
-def _oracle(
-    model: NastModel | AutoregressiveModel,
-    features_BTF: Tensor,
-    lengths_B: Tensor,
+def oracle_of(
+    model: SpeechModel,
     target_BU: Tensor,
     target_lengths_B: Tensor,
     mixing: Mixing,
     generator: torch.Generator | None,
-) -> Oracle | None:
-    """First pass: logits in training mode without gradient, best paths under them, and the draw."""
+) -> DrawOracle | None:
+    """Best paths of the targets under a first prediction, and the draw; none where nothing can be told."""
     config = model.config
     unused = not config.inner_target_layers or config.target_prediction in ("none", "linear")
     if not model.training or not mixing.ratio or unused:
         return None
-    with torch.no_grad(), frozen_statistics(model):
-        top = model.encoder(features_BTF, lengths_B).target
-    paths = align(top.logits_BSV, top.lengths_B, target_BU, target_lengths_B, blank_id=config.blank_token_id)
-    return draw_oracle(top.logits_BSV, top.lengths_B, paths, mixing, generator=generator)
+
+    def draw(top: Prediction) -> Oracle:
+        logits_BSV, lengths_B = top.logits_BSV, top.lengths_B
+        paths = align(logits_BSV, lengths_B, target_BU, target_lengths_B, blank_id=config.blank_token_id)
+        return draw_oracle(logits_BSV, lengths_B, paths, mixing, generator=generator)
+
+    return draw
 
 
-def _weighted(terms: dict[str, Tensor], weights: LossWeights) -> Tensor:
+def weighted_sum(terms: dict[str, Tensor], weights: LossWeights) -> Tensor:
+    """Sum of the terms, each times its weight."""
     return torch.stack([getattr(weights, name) * term for name, term in terms.items()]).sum()
 
 

@@ -14,8 +14,7 @@ from transformers import initialization as init
 
 from eagleray.models.nast.attention import XAVIER_GAIN, CrossAttention, SelfAttention
 from eagleray.models.nast.config import NastConfig
-from eagleray.models.nast.curriculum import Oracle
-from eagleray.models.nast.encoder import NastOutput, StackedEncoder
+from eagleray.models.nast.encoder import DrawOracle, NastOutput, StackedEncoder
 
 
 class SpeechModel(PreTrainedModel):
@@ -54,12 +53,14 @@ class NastModel(SpeechModel):
         self.tie_heads()
         self.post_init()
 
-    def forward(self, features_BTF: Tensor, lengths_B: Tensor, *, oracle: Oracle | None = None) -> NastOutput:
+    def forward(
+        self, features_BTF: Tensor, lengths_B: Tensor, *, draw_oracle: DrawOracle | None = None
+    ) -> NastOutput:
         """Logits of all heads.
 
         Args:
             features_BTF: Normalised log-mel features, padded on the right with anything finite.
             lengths_B: Frames of each clip, int, at least 1.
-            oracle: What inner target predictions are told in training (`curriculum.py`).
+            draw_oracle: What inner target predictions are told in training (`curriculum.py`).
         """
-        return self.encoder(features_BTF, lengths_B, oracle=oracle)
+        return self.encoder(features_BTF, lengths_B, draw_oracle=draw_oracle)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import logging
+import re
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from eagleray.models.nast.manifest import Utterance
 from eagleray.models.nast.vocabulary import load_vocabularies
 from eagleray.platform.config import ConfigError, load_config
 from eagleray.platform.data.examples import Examples
+from eagleray.platform.engine import _schedule
 from eagleray.platform.runs import RunFolder
 
 CONFIGS = Path(__file__).parents[3] / "configs" / "nast"
@@ -162,15 +164,16 @@ def test_augmentation_follows_from_seed_step_and_utterance(tmp_path: Path) -> No
 def test_cached_features_are_those_made_on_the_fly(tmp_path: Path) -> None:
     one_speed = "augment.speeds=[1.0]"
     fresh = _task(tmp_path / "fresh", one_speed)
-    cached = _task(tmp_path / "cached", one_speed, "data.cache_features=true")
+    cached = _task(tmp_path / "cached", one_speed, "data.cache=features")
     assert torch.equal(
         fresh.eval_batch([0, 1]).tensors["features"], cached.eval_batch([0, 1]).tensors["features"]
     )
     summary = json.loads((tmp_path / "cached" / nast_data.SUMMARY_FILE).read_text())
-    assert summary["cached"] and summary["frontend"] == {"dither": 1e-4}
+    assert summary["cached"] == "features"
+    assert summary["frontend"] == {"level": None, "dither": 1e-4, "max_frequency": 8000.0}
     reuse = SpeechData(prepared=str(tmp_path / "cached"))
     with pytest.raises(
-        ValueError, match=r"were computed with \{'dither': 0\.0001\}, the config has \{'dither': 0\.0\}"
+        ValueError, match=r"were computed with .*'dither': 0\.0001.*, the config has .*'dither': 0\.0,"
     ):
         prepare_examples(reuse, WORDS, CLEAN, tmp_path / "again", strides=(2, 2), seed=0)
     linked = prepare_examples(reuse, WORDS, Frontend(dither=1e-4), tmp_path / "again", strides=(2, 2), seed=0)
@@ -180,13 +183,37 @@ def test_cached_features_are_those_made_on_the_fly(tmp_path: Path) -> None:
         prepare_examples(nowhere, WORDS, CLEAN, tmp_path / "x", strides=(2, 2), seed=0)
 
 
+def test_cached_audio_is_augmented_as_what_is_read(tmp_path: Path) -> None:
+    changes = "augment={speeds: [0.9, 1.1], warps: [0.9, 1.1], noise_db: [10, 30]}"
+    fresh = _task(tmp_path / "fresh", changes)
+    cached = _task(tmp_path / "cached", changes, "data.cache=audio")
+    assert "audio" in cached.train[0] and "audio" not in fresh.train[0]
+    for step in range(3):
+        pair = [task.train_batch([0, 1], step=step).tensors["features"] for task in (fresh, cached)]
+        torch.testing.assert_close(*pair, atol=0.02, rtol=0)  # 16 bit
+
+
+@pytest.mark.parametrize("change", ["speeds=[1.1]", "warps=[1.1]", "noise_db=[10, 10]"])
+def test_each_augmentation_changes_the_features(tmp_path: Path, change: str) -> None:
+    off = ["augment.speeds=[1.0]", "augment.spec_augment=false"]
+    plain, changed = (
+        _task(tmp_path, *off, *extra).train_batch([0], step=0).tensors["features"]
+        for extra in ([], [f"augment.{change}"])
+    )
+    assert plain.shape != changed.shape or (plain - changed).abs().mean() > 0.05
+
+
 def test_the_front_end_gives_silence_a_floor_and_no_frame_nothing(tmp_path: Path) -> None:
     assert Frontend()(np.zeros(399)).shape == (0, 80)
     wave = np.zeros(8000, np.float32)
     assert torch.isfinite(Frontend(dither=1e-3)(wave)).all() and torch.isfinite(CLEAN(wave)).all()
     assert torch.equal(Frontend(dither=1e-3)(wave), Frontend(dither=1e-3)(wave))
-    Frontend(dither=0.5).save(tmp_path)
-    assert Frontend.load(tmp_path) == Frontend(dither=0.5)
+    loud = np.random.default_rng(0).normal(0, 0.1, 8000).astype(np.float32)
+    levelled = Frontend(dither=1e-2, level=0.05)
+    torch.testing.assert_close(levelled(0.01 * loud), levelled(loud), atol=1e-3, rtol=0)
+    assert torch.isfinite(levelled(wave)).all() and levelled(np.zeros(0)).shape == (0, 80)
+    Frontend(dither=0.5, level=0.1, max_frequency=4000.0).save(tmp_path)
+    assert Frontend.load(tmp_path) == Frontend(dither=0.5, level=0.1, max_frequency=4000.0)
     with pytest.raises(ValueError, match=r"holds no frontend\.json"):
         Frontend.load(tmp_path / "none")
 
@@ -216,8 +243,10 @@ def test_latency_leaves_the_warm_up_out() -> None:
             "give either `data.train` and `data.eval`, or `data.synthetic`, or `data.prepared`",
         ),
         (["data.prepared=x"], "give either `data.train`"),
-        (["data.cache_features=true"], "`augment.speeds` needs waveforms; set `data.cache_features: false`"),
-        (["augment.speeds=[0.1]"], "give speeds from 0.5 to 2"),
+        (["data.cache=features"], "`augment.noise_db` need audio; set `data.cache: audio`"),
+        (["augment.speeds=[0.1]"], "`augment.speeds` is .* give numbers from 0.5 to 2"),
+        (["augment.warps=[]"], "`augment.warps` is .* give numbers from 0.7 to 1.4"),
+        (["augment.noise_db=[30, 10]"], "`augment.noise_db` is .* give the smaller number first"),
         (["model.decoder_layers=2"], "is for `model.architecture: autoregressive`"),
         (["model.heads=5"], "`model`: .*`width` is 64; it must be a multiple of"),
         (["lora={}", "train.average_best=1"], "`lora` is for language models"),
@@ -248,6 +277,44 @@ def test_missing_transcripts_are_an_error_or_unused(tmp_path: Path) -> None:
         loss = cfg.loss.model_copy(update={"source": 0.0, "inner_source": 0.0})
         train._prepare(cfg.model_copy(update={"loss": loss}), run)
     assert SpeechTask(cfg, run.data).eval_batch([0]).tensors["source_lengths"].tolist() == [0]
+
+
+def test_a17_the_rate_rises_for_10000_steps_and_falls_with_the_square_root() -> None:
+    cfg = load_config(train.Config, None, ["data.synthetic={}"])
+    optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))], lr=cfg.optim.lr)
+    factor = _schedule(optimizer, cfg.optim, cfg.train.max_steps).lr_lambdas[0]
+    # The reference warms up from 1e-7, not from 0, hence 5.0005e-4 at step 5,000.
+    for step, rate in ((5_000, 5.0005e-4), (10_000, 1e-3), (40_000, 5e-4)):
+        assert cfg.optim.lr * factor(step) == pytest.approx(rate, abs=1e-7)
+
+
+def test_every_rung_of_the_ladder_in_the_docs_is_a_config() -> None:
+    page = (CONFIGS.parents[1] / "docs" / "nast.md").read_text(encoding="utf-8")
+    names = dict(re.findall(r'^(\w+)="(.*)"$', page, re.MULTILINE))
+    rungs = dict(re.findall(r'^  \[(\w+)\]="(.*)"$', page, re.MULTILINE))
+    assert list(rungs) == ["plain", "inner", "pae", "cla", "curriculum"]
+    configs = []
+    for overrides in rungs.values():
+        for name, value in names.items():
+            overrides = overrides.replace(f"${name}", value)
+        cfg = load_config(train.Config, CONFIGS / "fsdd_numbers.yaml", overrides.split())
+        model = cfg.model.config(vocab_size=39)
+        configs.append(
+            (
+                len(model.inner_target_layers),
+                model.target_prediction if model.inner_target_layers else "none",
+                model.adapter,
+                model.cross_layer_source,
+                cfg.loss.curriculum.mixing(default=0.8).ratio,
+            )
+        )
+    assert configs == [
+        (0, "none", "none", None, 0.0),
+        (2, "none", "none", None, 0.0),
+        (2, "inter_league", "inter_league", None, 0.0),
+        (2, "inter_league", "inter_league", 1, 0.0),
+        (2, "inter_league", "inter_league", 1, 0.8),
+    ]
 
 
 def test_the_sibling_takes_the_defaults_of_its_recipe() -> None:

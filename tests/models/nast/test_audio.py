@@ -14,9 +14,11 @@ from eagleray.models.nast.audio import (
     SAMPLE_RATE,
     Clip,
     clip_seconds,
+    from_pcm,
     probe,
     read_audio,
     read_clips,
+    to_pcm,
     write_wav,
 )
 from eagleray.models.nast.errors import SpeechDataError
@@ -88,6 +90,8 @@ def _broken(folder: Path, kind: str) -> Path:
     soundfile.write(whole, tone(0.5), SAMPLE_RATE)
     if kind == "text":
         path.write_text("This is not audio, whatever its name says.")
+    elif kind == "video":
+        path.write_bytes(b"\0\0\0\x18ftypisom\0\0\2\0isomiso2" + bytes(range(256)) * 20)
     elif kind == "no byte":
         path.touch()
     elif kind == "no sample":
@@ -110,6 +114,7 @@ def _broken(folder: Path, kind: str) -> Path:
     ("kind", "message"),
     [
         ("text", "not a readable audio file"),
+        ("video", "not a readable audio file"),
         ("no byte", "the audio is empty: the file has no byte"),
         ("no sample", "the audio is empty: it has no sample"),
         ("truncated wav", "the audio is cut off: 5956 of 16000 bytes are there"),
@@ -147,3 +152,9 @@ def test_silent_clipped_and_streamed_audio_is_audio(tmp_path: Path) -> None:
     data = bytearray((tmp_path / "silent.wav").read_bytes())
     data[40:44] = b"\xff\xff\xff\xff"
     assert len(read_audio(bytes(data))) == 400
+
+
+def test_16_bit_samples_come_back_as_they_were() -> None:
+    steps = np.array([-1.0, -(2.0**-15), 0.0, 0.25, 1.0 - 2.0**-15], np.float32)
+    np.testing.assert_array_equal(from_pcm(to_pcm(steps)), steps)
+    np.testing.assert_allclose(from_pcm(to_pcm(np.array([2.0, -3.0]))), [1.0 - 2.0**-15, -1.0])

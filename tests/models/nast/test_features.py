@@ -6,15 +6,18 @@ import math
 
 import pytest
 import torch
+from torchaudio.compliance import kaldi
 
 from eagleray.models.nast.features import (
     GlobalStatistics,
     SpecAugment,
+    add_noise,
     fbank,
     frame_count,
     normalise,
     spec_augment,
     speed,
+    to_level,
 )
 
 
@@ -43,6 +46,34 @@ def test_a11_frames(samples: int, frames: int) -> None:
 
 def test_a11_features_are_a_function_of_the_waveform() -> None:
     assert torch.equal(fbank(two_tones()), fbank(two_tones()))
+
+
+@pytest.mark.parametrize(("warp", "max_frequency"), [(1.0, 8000.0), (0.9, 8000.0), (1.2, 4000.0)])
+def test_a11_features_are_kaldis(warp: float, max_frequency: float) -> None:
+    wave = two_tones() + 0.01 * torch.randn(8000, generator=torch.Generator().manual_seed(0))
+    upper = {"high_freq": max_frequency, "vtln_high": max_frequency - 500, "vtln_warp": warp}
+    expected = kaldi.fbank(wave[None] * 2**15, num_mel_bins=80, dither=0.0, **upper)
+    found = fbank(wave, max_frequency=max_frequency, warp=warp)
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=0)
+
+
+def test_a_longer_vocal_tract_moves_a_tone_down() -> None:
+    peaks = [fbank(two_tones(), warp=warp)[10].argmax().item() for warp in (0.8, 1.0, 1.25)]
+    assert peaks == sorted(peaks) and len(set(peaks)) == 3
+
+
+def test_noise_has_its_level_and_silence_none() -> None:
+    wave, generator = two_tones(16_000), torch.Generator().manual_seed(0)
+    noise = add_noise(wave, 20.0, generator=generator) - wave
+    assert 10 * math.log10(wave.square().mean() / noise.square().mean()) == pytest.approx(20.0, abs=0.2)
+    assert not add_noise(torch.zeros(500), 0.0).any()
+
+
+def test_level_does_not_depend_on_loudness() -> None:
+    quiet = to_level(1e-3 * two_tones(), 0.05)
+    assert quiet.square().mean().sqrt().item() == pytest.approx(0.05, rel=1e-4)
+    torch.testing.assert_close(quiet, to_level(two_tones(), 0.05))
+    assert not to_level(torch.zeros(500), 0.05).any()
 
 
 @pytest.mark.parametrize(("factor", "samples"), [(1.1, 7273), (0.9, 8889), (1.0, 8000)])

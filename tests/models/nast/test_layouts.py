@@ -111,6 +111,19 @@ def test_the_real_recordings_are_read() -> None:
     assert [check_utterance(row, max_seconds=30) * 8000 for row in rows] == pytest.approx(samples)
 
 
+def test_rows_of_a_table_are_chosen_by_their_columns(tmp_path: Path) -> None:
+    write_wav(tmp_path / "a.wav", np.zeros(800, np.float32))
+    path = tmp_path / "t.tsv"
+    path.write_text("id\taudio\tkind\n1\ta.wav\tseq\n2\tgone.wav:0:1\tn2\n3\ta.wav\tseq\n")
+    rows = list(read_layout(path, where={"kind": "seq"}))
+    assert [row.id for row in rows if isinstance(row, Utterance)] == ["1", "3"] and len(rows) == 2
+    assert list(read_layout(path, where={"kind": "seq", "id": "3"})) == rows[1:]
+    with pytest.raises(
+        SpeechDataError, match=r"t\.tsv:1: the table has no column 'sort': it has id, audio, kind"
+    ):
+        read_layout(path, where={"sort": "seq"})
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [

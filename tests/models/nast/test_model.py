@@ -77,8 +77,8 @@ def test_a13_the_textual_encoder_is_permutation_equivariant() -> None:
     x = torch.randn(2, 9, 16, generator=torch.Generator().manual_seed(0))
     order, lengths = torch.randperm(9, generator=torch.Generator().manual_seed(1)), torch.tensor([9, 9])
     encoder = model.encoder
-    plain, inner = encoder.textual(x, lengths, encoder.target_head)
-    moved, inner_moved = encoder.textual(x[:, order], lengths, encoder.target_head)
+    plain, _, inner = encoder.textual(x, lengths, encoder.target_head)
+    moved, _, inner_moved = encoder.textual(x[:, order], lengths, encoder.target_head)
     assert list(inner) == [2, 3]
     torch.testing.assert_close(moved, plain[:, order], atol=1e-5, rtol=0)
     torch.testing.assert_close(inner_moved[3].logits_BSV, inner[3].logits_BSV[:, order], atol=1e-5, rtol=0)
