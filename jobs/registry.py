@@ -37,6 +37,7 @@ JOBS = {
     "rovrm.train": "eagleray.jobs.rovrm.train",
     "rovrm.evaluate": "eagleray.jobs.rovrm.evaluate",
     "rovrm.progressive": "eagleray.jobs.rovrm.progressive",
+    "align.best_of_n": "eagleray.jobs.align.best_of_n",
     "select": "eagleray.jobs.select",
     "sweep": "eagleray.jobs.sweep",
     "experiment": "eagleray.jobs.experiment",
