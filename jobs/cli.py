@@ -30,8 +30,10 @@ app = typer.Typer(
 config_app = typer.Typer(help="Look at configurations without running anything.", no_args_is_help=True)
 runs_app = typer.Typer(help="Look at recorded runs.", no_args_is_help=True)
 cluster_app = typer.Typer(help="Clusters for trying things.", no_args_is_help=True)
+experiment_app = typer.Typer(help="Whole experiments from one file.", no_args_is_help=True)
 app.add_typer(config_app, name="config")
 app.add_typer(cluster_app, name="cluster")
+app.add_typer(experiment_app, name="experiment")
 app.add_typer(runs_app, name="runs")
 
 ConfigFile = Annotated[
@@ -228,6 +230,29 @@ def plan(
 
     options = {"nodes": nodes, "gpus_per_node": gpus_per_node, "gpu": gpu, "utilisation": utilisation}
     print_plan(*make_plan(config, overrides or [], **options), Console())
+
+
+@experiment_app.command("run")
+def experiment_run(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print the stages, what they take and an estimate, and stop.")
+    ] = False,
+    address: Annotated[
+        str | None, typer.Option(help="Running Ray cluster; default: a private local one for each stage.")
+    ] = None,
+) -> None:
+    """Run the stages of an experiment that are not done, side by side where they can, and write one report."""
+    from eagleray.jobs import experiment as jobs
+
+    with clean_exit():
+        given = [f"ray.address={address}"] if address is not None else []
+        cfg = load_config(jobs.Config, config, [*(overrides or []), *given])
+        if dry_run:
+            jobs.dry_run(cfg, display.console())
+        else:
+            jobs.main(cfg)
 
 
 @cluster_app.command("local")

@@ -74,13 +74,13 @@ def print_config(rows: Iterable[ConfigRow]) -> None:
             Text(row.source, style),
             Text(row.description),
         )
-    _console().print(table)
+    console().print(table)
 
 
 def print_run_list(runs: Sequence[RunRecord], root: Path) -> None:
     """One line a run."""
     if not runs:
-        _console().print(Text(f"No runs in {root}."))
+        console().print(Text(f"No runs in {root}."))
         return
     table = _table("Run", "Job", "Status", "Created (UTC)", "Time", "Note")
     for run in runs:
@@ -93,12 +93,12 @@ def print_run_list(runs: Sequence[RunRecord], root: Path) -> None:
             Text(_duration(values.get("wall_seconds"))),
             Text(values.get("note", "")),
         )
-    _console().print(table)
+    console().print(table)
 
 
 def print_run(run: RunRecord) -> None:
     """The manifest in words, the final metrics, and what to do next."""
-    console, values = _console(), run.manifest
+    out, values = console(), run.manifest
     git = values.get("git") or {}
     hardware = values.get("hardware", {})
     facts = {
@@ -125,18 +125,18 @@ def print_run(run: RunRecord) -> None:
     for label, fact in facts.items():
         if fact:
             grid.add_row(Text(label, "bold"), Text(str(fact)))
-    console.print(grid)
+    out.print(grid)
     metrics = run.final_metrics()
     if metrics:
         table = _table("Metric", "Value")
         for key, value in metrics.items():
             table.add_row(Text(key), Text(_shown(value)))
-        console.print(table)
+        out.print(table)
     if run.status in ("failed", "interrupted", "killed"):
         error = values["attempts"][-1].get("error")
         if error:
-            console.print(Text(error, "red"))
-        console.print(Text(f"Resume: {resume_command(str(run.path.absolute()))}"), soft_wrap=True)
+            out.print(Text(error, "red"))
+        out.print(Text(f"Resume: {resume_command(str(run.path.absolute()))}"), soft_wrap=True)
 
 
 def print_comparison(comparison: RunComparison) -> None:
@@ -148,7 +148,7 @@ def print_comparison(comparison: RunComparison) -> None:
             for key, row in rows.items():
                 table.add_row(Text(key), *(Text(_shown(value)) for value in row))
             table.add_section()
-    _console().print(table)
+    console().print(table)
 
 
 def _source(
@@ -190,5 +190,6 @@ def _table(*columns: str) -> Table:
     return table
 
 
-def _console() -> Console:
+def console() -> Console:
+    """Where tables go."""
     return Console(width=None if sys.stdout.isatty() else _PIPE_WIDTH)

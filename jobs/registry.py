@@ -19,6 +19,7 @@ JOBS = {
     "gram.discriminative": "eagleray.jobs.gram.discriminative",
     "gram.evaluate": "eagleray.jobs.gram.evaluate",
     "gram.score": "eagleray.jobs.gram.score",
+    "gram.generate": "eagleray.jobs.gram.generate",
     "gram.demo": "eagleray.jobs.gram.demo",
     "lrhp.train": "eagleray.jobs.lrhp.train",
     "lrhp.encode": "eagleray.jobs.lrhp.encode",
@@ -40,8 +41,10 @@ JOBS = {
     "rovrm.hallucination": "eagleray.jobs.rovrm.hallucination",
     "rovrm.progressive": "eagleray.jobs.rovrm.progressive",
     "features": "eagleray.jobs.features",
+    "align.best_of_n": "eagleray.jobs.align.best_of_n",
     "select": "eagleray.jobs.select",
     "sweep": "eagleray.jobs.sweep",
+    "experiment": "eagleray.jobs.experiment",
 }
 """Job name -> module."""
 

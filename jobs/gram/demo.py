@@ -21,10 +21,11 @@ from rich.console import Console
 from eagleray.jobs.backbone import pretrain as backbone
 from eagleray.jobs.backbone.start import BackboneSection
 from eagleray.jobs.gram import discriminative, evaluate, finetune, pretrain
+from eagleray.jobs.gram.generate import preference_files
 from eagleray.jobs.serve import serving
 from eagleray.models.gram.judge import Judge
 from eagleray.models.gram.prompts import render_pair
-from eagleray.models.gram.synthetic import make_corpus, make_preferences, make_unlabelled
+from eagleray.models.gram.synthetic import make_corpus
 from eagleray.platform.cluster import connected
 from eagleray.platform.config import Config as Section
 from eagleray.platform.config import validate_config
@@ -208,16 +209,8 @@ class _Demo:
 
 
 def _generated(count: int, seed: int) -> dict[str, list[Any]]:
-    parts = {"train": count, "dev": 100, "test": 300}
-    files: dict[str, list[Any]] = {
-        f"{part}.jsonl": make_preferences(size, seed, split=part)  # type: ignore[arg-type]
-        for part, size in parts.items()
-    }
-    return {
-        **files,
-        "unlabelled.jsonl": make_unlabelled(count, seed),
-        "corpus.txt": [make_corpus(1_000_000, seed)],
-    }
+    files = preference_files(count, seed, dev=100, test=300)
+    return {**files, "corpus.txt": [make_corpus(1_000_000, seed)]}
 
 
 def _from_file(path: str, seed: int) -> dict[str, list[Any]]:

@@ -131,6 +131,25 @@ def make_unlabelled(n: int, seed: int, *, split: Split = "train") -> list[dict[s
     return rows
 
 
+def make_candidates(n: int, size: int, seed: int, *, split: Split = "test") -> list[dict[str, Any]]:
+    """Prompts with several answers of known quality, for best-of-n: `id`, `prompt`, `candidates` of `text`, `score`.
+
+    Args:
+        n: Number of prompts.
+        size: Answers to each, with their steps in any order.
+        seed: Another seed gives other rows of the same distribution.
+        split: Which part the requests come from.
+    """
+    rng = Random(f"candidates {seed} {split}")
+    rows: list[dict[str, Any]] = []
+    for index in range(n):
+        prompt = _request(rng, split)
+        answers = [_answer(rng, rng.sample(range(3), 3)) for _ in range(size)]
+        candidates = [{"text": answer, "score": order_score(answer)} for answer in answers]
+        rows.append({"id": f"candidates-{split}-{seed}-{index}", "prompt": prompt, "candidates": candidates})
+    return rows
+
+
 def make_corpus(n_chars: int, seed: int) -> str:
     """Exactly `n_chars` characters of plain text: requests of the train part, each followed by a good answer."""
     rng = Random(f"corpus {seed}")
@@ -153,8 +172,18 @@ class RuleJudge:
 
 def in_order(answer: str) -> bool:
     """Whether the steps of an answer stand in their order."""
-    places = [min(answer.find(word) for word in words if word in answer) for words in MARKERS]
-    return places == sorted(places)
+    return order_score(answer) == 1.0
+
+
+def order_score(answer: str) -> float:
+    """Share of the three pairs of steps that stand in their order; a pair of which a step is missing does not count.
+
+    >>> order_score("First, a. Finally, b. Then, c.")
+    0.6666666666666666
+    """
+    places = [min((answer.find(word) for word in words if word in answer), default=None) for words in MARKERS]
+    pairs = ((places[i], places[j]) for i, j in ((0, 1), (0, 2), (1, 2)))
+    return sum(first is not None and second is not None and first < second for first, second in pairs) / 3
 
 
 def split_of(request: str) -> Split:

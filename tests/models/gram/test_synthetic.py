@@ -14,6 +14,7 @@ from eagleray.models.gram.synthetic import (
     make_corpus,
     make_preferences,
     make_unlabelled,
+    order_score,
     split_of,
 )
 
@@ -67,3 +68,19 @@ def test_unlabelled_pairs_hide_which_answer_is_better() -> None:
 
 def test_corpus_has_the_length_asked_for() -> None:
     assert len(make_corpus(12_345, 0)) == 12_345
+
+
+@pytest.mark.parametrize(
+    ("answer", "score"),
+    [
+        ("First, a. Then, b. Finally, c.", 1),
+        ("First, a. Finally, c. Then, b.", 2 / 3),
+        ("Finally, c. First, a. Then, b.", 1 / 3),
+        ("At the end, c. After that, b. To begin, a.", 0),
+        ("First, a. Finally, c.", 1 / 3),
+        ("Something else.", 0),
+    ],
+)
+def test_order_score_counts_pairs_of_steps_in_order(answer: str, score: float) -> None:
+    assert order_score(answer) == pytest.approx(score)
+    assert in_order(answer) == (score == 1)

@@ -1,0 +1,1 @@
+"""Using a reward: best-of-n, sampling, policy optimisation."""

@@ -1,0 +1,342 @@
+"""Best-of-n: how much better the answer is that a reward picks among n, on candidates of known quality.
+
+    python -m eagleray.jobs.align.best_of_n --config configs/align/best_of_n_tiny.yaml
+
+Candidates come from files: rows with a prompt and a list of answers with their true scores, from whatever source, or from
+`align.sample`. Scorers are a GRAM judge by any of its ranking methods, a discriminative reward model, and the baselines
+`longest`, `first` and (always there) a random choice. Curves over n are expectations over all subsets of n candidates, with
+intervals over prompts, against the bound of the KL divergence, ln n - (n - 1)/n.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from itertools import combinations
+from pathlib import Path
+from random import Random
+from typing import Any, Literal
+
+import numpy as np
+from pydantic import Field, field_validator, model_validator
+from rich.console import Console
+from rich.table import Table
+
+from eagleray.jobs.gram.evaluate import build_scorer
+from eagleray.models.gram.alignment import kl_best_of_n
+from eagleray.models.gram.best_of_n import SWEEP, best_by_judge, expected_best
+from eagleray.models.gram.discriminative import DiscriminativeScorer
+from eagleray.models.gram.metrics import mean_estimate
+from eagleray.platform.cluster import connected
+from eagleray.platform.config import Config as Section
+from eagleray.platform.data.sources import DataError, SourceConfig, file_hashes, read_rows
+from eagleray.platform.runs import RunFolder
+from eagleray.platform.scoring import Row, Score, map_with_model
+from eagleray.platform.sections import JobConfig
+
+JOB = "align.best_of_n"
+logger = logging.getLogger(__name__)
+
+
+class CandidateColumns(Section):
+    """What the columns are called."""
+
+    prompt: str = "prompt"
+    """Prompt of a row."""
+    candidates: str = "candidates"
+    """List of its answers."""
+    text: str = "text"
+    """Text of an answer."""
+    score: str = "score"
+    """True score of an answer: a number, or true and false."""
+    model: str = "model"
+    """Which model wrote the answer; may be missing."""
+
+
+class CandidateSet(Section):
+    """Prompts with several answers of known quality."""
+
+    source: SourceConfig
+    columns: CandidateColumns = CandidateColumns()
+    without: list[str] = Field(default=[])
+    """Models whose answers are left out, e.g. one that wins nearly always."""
+    least: int = Field(default=2, ge=2)
+    """Prompts with fewer answers are left out."""
+
+
+class ScorerSection(Section):
+    """One way to choose among answers."""
+
+    kind: Literal["judge", "discriminative", "longest", "first"]
+    """`judge` (GRAM), `discriminative`, the longest answer, or the first of the row."""
+    path: str | None = None
+    """Model folder or hub name, for `judge` and `discriminative`."""
+    method: Literal["round_robin", "bracket", "linear", "reference"] = "round_robin"
+    """How a judge ranks n answers. `reference`: by the probability to beat one answer of the row, its first, which then is
+    no candidate."""
+    options: dict[str, Any] = Field(default={})
+    """Further settings of a judge, e.g. `swap_average: logit`."""
+
+    @model_validator(mode="after")
+    def _models_have_a_path(self) -> ScorerSection:
+        if (self.kind in ("judge", "discriminative")) != (self.path is not None):
+            raise ValueError("`path` belongs to a scorer of kind judge or discriminative, and only there")
+        return self
+
+    @field_validator("path")
+    @classmethod
+    def _local_folders_are_absolute(cls, path: str | None) -> str | None:
+        return str(Path(path).absolute()) if path is not None and Path(path).exists() else path
+
+
+class Config(JobConfig):
+    """Config of `align.best_of_n`."""
+
+    job: Literal["align.best_of_n"] = JOB
+    sets: dict[str, CandidateSet] = Field(min_length=1)
+    """Candidates by name."""
+    scorers: dict[str, ScorerSection] = Field(min_length=1)
+    """Scorers by the name they get in the report."""
+    reference: str | None = None
+    """Scorer that the others are compared with; default: the first."""
+    draws: int = Field(default=32, ge=1)
+    """Subsets drawn of a prompt for each n, where a judge ranks within the subset."""
+    bootstrap: int = Field(default=1000, ge=100)
+    """Bootstrap replicates of an interval."""
+    seed: int = Field(default=0, ge=0)
+    """Seed of the drawn subsets and of the bootstrap."""
+
+    @model_validator(mode="after")
+    def _reference_is_a_scorer(self) -> Config:
+        if self.reference is not None and self.reference not in self.scorers:
+            raise ValueError(
+                f"`reference` is {self.reference!r}; it must be one of {', '.join(self.scorers)}"
+            )
+        return self
+
+
+@dataclass(frozen=True)
+class Group:
+    """Answers to one prompt."""
+
+    prompt: str
+    answers: list[str]
+    qualities: list[float]
+    models: list[str]
+
+
+def main(cfg: Config) -> dict[str, Any]:
+    """Score, draw the curves, report.
+
+    Returns:
+        The report: `sets` -> name -> `scorers` -> name -> one row an n; `random`, `oracle`, `models`.
+    """
+    with RunFolder.create(JOB, cfg).recording() as run, connected(cfg.ray):
+        groups = {name: load_candidates(section) for name, section in cfg.sets.items()}
+        hashes = {k: v for section in cfg.sets.values() for k, v in file_hashes(section.source).items()}
+        run.update_manifest(data_hashes=hashes)
+        report = {"sets": {name: _report(cfg, found) for name, found in groups.items()}}
+        run.write_report(report)
+        run.plots.mkdir(exist_ok=True)
+        for name, figures in report["sets"].items():
+            plot_curves(figures, run.plots / f"{name}.png", title=name)
+    print_table(report, Console())
+    return report
+
+
+def load_candidates(section: CandidateSet) -> list[Group]:
+    """Read a set.
+
+    Raises:
+        DataError: A row does not fit, or none is left.
+    """
+    columns, groups = section.columns, []
+    for row in read_rows(section.source):
+        if isinstance(row, DataError):
+            raise row
+        try:
+            found = [
+                (str(c[columns.text]), float(c[columns.score]), str(c.get(columns.model, "")))
+                for c in row.values[columns.candidates]
+            ]
+            prompt = str(row.values[columns.prompt])
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            wanted = (
+                f"`{columns.prompt}`, and `{columns.candidates}` with `{columns.text}` and `{columns.score}`"
+            )
+            raise DataError(row.where, f"is no row of candidates ({error!r})", f"it needs {wanted}") from None
+        kept = [c for c in found if c[2] not in section.without]
+        if not all(math.isfinite(score) for _, score, _ in kept):
+            raise DataError(row.where, f"`{columns.score}` is not a finite number", "true scores are needed")
+        if len(kept) >= section.least:
+            texts, scores, models = map(list, zip(*kept, strict=True))
+            groups.append(Group(prompt, texts, scores, models))
+    if not groups:
+        raise DataError(section.source.path, "no prompt is left", f"`least` is {section.least}")
+    return groups
+
+
+def print_table(report: dict[str, Any], console: Console) -> None:
+    """Quality at each n, one table a set."""
+    for name, figures in report["sets"].items():
+        table = Table(title=f"{name}: {figures['prompts']} prompts", title_justify="left")
+        table.add_column("scorer")
+        for n in figures["n"]:
+            table.add_column(f"n = {n}", justify="right")
+        for scorer, rows in figures["scorers"].items():
+            table.add_row(scorer, *(f"{r['value']:.3f} ({r['low']:.3f} to {r['high']:.3f})" for r in rows))
+        for scorer in ("random", "oracle"):
+            table.add_row(scorer, *(f"{value['value']:.3f}" for value in figures[scorer]))
+        console.print(table)
+        models = sorted(figures["models"].items(), key=lambda item: -item[1])
+        if models:
+            console.print("Always the same model: " + ", ".join(f"{m} {v:.3f}" for m, v in models[:3]))
+
+
+def plot_curves(figures: dict[str, Any], path: Path, *, title: str) -> None:
+    """Quality against the bound of the KL divergence, with bands of the 95 % intervals."""
+    from matplotlib.figure import Figure
+
+    canvas = Figure(figsize=(7, 4.5), layout="constrained")
+    axes = canvas.subplots()
+    kl = [kl_best_of_n(n) for n in figures["n"]]
+    for scorer, rows in figures["scorers"].items():
+        [line] = axes.plot(kl, [r["value"] for r in rows], marker="o", label=scorer)
+        low, high = ([r[edge] for r in rows] for edge in ("low", "high"))
+        axes.fill_between(kl, low, high, alpha=0.15, color=line.get_color())
+    axes.plot(kl, [r["value"] for r in figures["oracle"]], ":", color="gray", label="oracle")
+    axes.plot(kl, [r["value"] for r in figures["random"]], "--", color="gray", label="random")
+    axes.set(xlabel="KL bound, ln n − (n − 1)/n", ylabel="true score of the chosen answer", title=title)
+    for x, n in zip(kl, figures["n"], strict=True):
+        axes.annotate(f"n={n}", (x, 0), xycoords=("data", "axes fraction"), fontsize="x-small", color="gray")
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize="small")
+    canvas.savefig(path, dpi=120)
+
+
+def _report(cfg: Config, groups: Sequence[Group]) -> dict[str, Any]:
+    shared = any(s.kind == "judge" and s.method == "reference" for s in cfg.scorers.values())
+    # A reference is no candidate, for any scorer: all curves are over the same answers.
+    pools = [Group(g.prompt, g.answers[1:], g.qualities[1:], g.models[1:]) if shared else g for g in groups]
+    most = min(len(pool.answers) for pool in pools)
+    sweep = [n for n in SWEEP if n < most] + [most]
+    picked: dict[str, np.ndarray] = {}
+    proxies: dict[str, list[float]] = {}
+    for name, section in cfg.scorers.items():
+        logger.info("Choosing with %s.", name)
+        rewards = _rewards(section, groups, pools, cfg)
+        if rewards is None:
+            picked[name] = _judged(section, pools, sweep, cfg)
+            continue
+        pairs = list(zip(rewards, pools, strict=True))
+        picked[name] = np.array([[expected_best(r, g.qualities, n) for n in sweep] for r, g in pairs])
+        proxies[name] = [float(np.mean([expected_best(r, r, n) for r in rewards])) for n in sweep]
+    options: dict[str, Any] = {"samples": cfg.bootstrap, "seed": cfg.seed}
+    first = picked[cfg.reference or next(iter(picked))]
+    scorers = {
+        name: [
+            {
+                "n": n,
+                "kl": kl_best_of_n(n),
+                **asdict(mean_estimate(column_P, **options)),
+                **({"reward": proxies[name][i]} if name in proxies else {}),
+                "difference": asdict(mean_estimate(column_P - first[:, i], **options)),
+            }
+            for i, (n, column_P) in enumerate(zip(sweep, found_PK.T, strict=True))
+        ]
+        for name, found_PK in picked.items()
+    }
+    random_P = [np.mean(g.qualities) for g in pools]
+    oracle_PK = np.array([[expected_best(g.qualities, g.qualities, n) for n in sweep] for g in pools])
+    return {
+        "prompts": len(pools),
+        "n": sweep,
+        "scorers": scorers,
+        "random": [asdict(mean_estimate(random_P, **options))] * len(sweep),
+        "oracle": [asdict(mean_estimate(column_P, **options)) for column_P in oracle_PK.T],
+        "models": _by_model(pools),
+    }
+
+
+def _by_model(groups: Sequence[Group]) -> dict[str, float]:
+    """Mean quality of each model's answers, of those that answered every prompt."""
+    found: dict[str, list[float]] = {}
+    for group in groups:
+        for model, quality in zip(group.models, group.qualities, strict=True):
+            if model:
+                found.setdefault(model, []).append(quality)
+    return {m: float(np.mean(scores)) for m, scores in found.items() if len(scores) == len(groups)}
+
+
+def _rewards(
+    section: ScorerSection, groups: Sequence[Group], pools: Sequence[Group], cfg: Config
+) -> list[list[float]] | None:
+    """A number for each answer; `None` if the scorer only compares."""
+    if section.kind == "longest":
+        return [[float(len(answer)) for answer in pool.answers] for pool in pools]
+    if section.kind == "first":
+        return [[-float(place) for place in range(len(pool.answers))] for pool in pools]
+    assert section.path is not None
+    if section.kind == "discriminative":
+        rows: list[Row] = [{"prompt": g.prompt, "answer": answer} for g in pools for answer in g.answers]
+        arguments = {"path": section.path, "options": section.options}
+        found = [row["reward"] for row in map_with_model(build_reward, arguments, rows, cfg.ray)]
+    elif section.method == "reference":
+        found = _compared(
+            section,
+            [(p.prompt, a, g.answers[0]) for g, p in zip(groups, pools, strict=True) for a in p.answers],
+            cfg,
+        )
+    else:
+        return None
+    values = iter(found)
+    return [[float(next(values)) for _ in pool.answers] for pool in pools]
+
+
+def build_reward(path: str, options: dict[str, Any]) -> Score:
+    """A discriminative reward model, for the workers: rows with prompt and answer to a reward."""
+    scorer = DiscriminativeScorer.from_pretrained(path, **options)
+
+    def score(rows: list[Row]) -> list[Row]:
+        return [{"reward": r} for r in scorer.score([(row["prompt"], row["answer"]) for row in rows])]
+
+    return score
+
+
+def _judged(section: ScorerSection, pools: Sequence[Group], sweep: Sequence[int], cfg: Config) -> np.ndarray:
+    """Quality of a pairwise judge's choice [prompts, n]; every pair is compared once."""
+    assert section.method != "reference"
+    places = [list(combinations(range(len(pool.answers)), 2)) for pool in pools]
+    triples = [
+        (g.prompt, g.answers[i], g.answers[j]) for g, ij in zip(pools, places, strict=True) for i, j in ij
+    ]
+    values = iter(_compared(section, triples, cfg))
+    rows = []
+    for number, (pool, pairs) in enumerate(zip(pools, places, strict=True)):
+        known = {pair: float(next(values)) for pair in pairs}
+        rng = Random(f"{cfg.seed} {number}")
+        options: dict[str, Any] = {"method": section.method, "draws": cfg.draws, "rng": rng}
+        # One answer drawn is any answer: no lots needed.
+        rows.append(
+            [
+                float(np.mean(pool.qualities))
+                if n == 1
+                else best_by_judge(known, pool.qualities, n, **options)
+                for n in sweep
+            ]
+        )
+    return np.array(rows)
+
+
+def _compared(section: ScorerSection, triples: Sequence[tuple[str, str, str]], cfg: Config) -> list[float]:
+    rows: list[Row] = [{"prompt": p, "first": a, "second": b} for p, a, b in triples]
+    arguments = {"kind": "judge", "path": section.path, "options": section.options}
+    return [row["p_a"] for row in map_with_model(build_scorer, arguments, rows, cfg.ray)]
+
+
+if __name__ == "__main__":
+    from eagleray.jobs.launch import run_job
+
+    run_job(JOB)
