@@ -121,7 +121,7 @@ def main(cfg: Config) -> dict[str, Any]:
     Returns:
         The report: hash of model and settings, and for each set its store and counts.
     """
-    with RunFolder.create(JOB, cfg).recording() as run:
+    with RunFolder.create(JOB, cfg, shared=cfg.store is None).recording() as run:
         folder = Path(cfg.store).expanduser().absolute() if cfg.store else run.path / "features"
         report: dict[str, Any] = {"model_hash": cfg.features.hash(cfg.model.path), "sets": {}}
         for name, section in cfg.sets.items():
