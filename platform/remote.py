@@ -32,7 +32,7 @@ from eagleray.platform.config import ConfigError
 
 logger = logging.getLogger(__name__)
 
-WORKERS_PARTS = ("metrics.jsonl", "model", "best", "tb")
+WORKERS_PARTS = ("metrics.jsonl", "tracking.json", "model", "best", "tb")
 """What worker 0 of a training run writes besides checkpoints."""
 
 CHECKPOINT_MANIFEST = "checkpoint.json"
@@ -293,7 +293,7 @@ class RemoteFolder(SharedFolder):
         for entry in self.path.iterdir():
             if entry.name != ".lock":
                 _remove(entry)
-        skipped = re.compile(rf"checkpoints/step-|({'|'.join(WORKERS_PARTS[1:])})/|\.")
+        skipped = re.compile(r"checkpoints/step-|(model|best|tb)/|\.")
         self._get([name for name in self._list("") if not skipped.match(name)])
 
     def check_in(self, *, but: Sequence[str] = ()) -> None:
@@ -307,7 +307,7 @@ class RemoteFolder(SharedFolder):
         self.send("data")
 
     def begin_writing(self) -> None:
-        self.receive(*WORKERS_PARTS, "stop")
+        self.receive(*WORKERS_PARTS, "config.yaml", "stop")
         self.write_text(".worker-0", self.copy)
 
     def _at(self, name: str) -> str:

@@ -85,7 +85,7 @@ class VisualTask(Task):
         super().__init__(cfg, data_dir)
         self.cfg = cfg
         self.start = json.loads((data_dir / "start.json").read_text(encoding="utf-8"))
-        self.section = ModelSection(**self.start["model"])
+        self.section = cfg.model or ModelSection(path=str(data_dir / "scratch"))
         images = data_dir / "images.arrow"
         self.images = Examples(images) if images.exists() else None
         self.encoder = start_encoder(cfg, self.section)
@@ -198,7 +198,6 @@ def _prepare(cfg: Config, run: RunFolder) -> None:
         write_examples(run.data / f"{name}.arrow", writer.rows(samples))
     writer.write_images(run.data / "images.arrow")
     start = {
-        "model": section.model_dump(),
         "sha256": sha256,
         "lineage": [vars(record) for record in lineage],
         "data_hashes": parts.hashes,

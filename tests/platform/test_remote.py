@@ -267,6 +267,30 @@ def test_more_machines_go_on_from_the_last_checkpoint_that_is_whole(tmp_path: Pa
     assert not [path for path in bucket.rglob("*universal*") if path.is_file()]
 
 
+def test_worker_0_starts_from_the_uri_whatever_lies_on_its_disk(
+    bucket: Path, work_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ids of remote trackers included, so that a run goes on in the same place there."""
+    run = RunFolder.create(JOB, config(bucket / "run"))
+    for name in ("metrics.jsonl", "tracking.json"):
+        (bucket / "run" / name).write_text("sent")
+    elsewhere(monkeypatch, work_dir, "moon")
+    other = RemoteFolder(f"file://{bucket / 'run'}")
+    for name in ("metrics.jsonl", "stop", "model"):
+        (other.path / name).write_text("left by an earlier attempt")
+    other.begin_writing()
+    assert {p.name: p.read_text() for p in other.path.iterdir() if p.name != "config.yaml"} == {
+        "metrics.jsonl": "sent",
+        "tracking.json": "sent",
+    }
+    assert (other.path / "config.yaml").read_text() == run.config.read_text()
+    (other.path / "metrics.jsonl").write_text("more")
+    other.freeze("metrics.jsonl")()
+    run.folder.receive_results()  # the driver's part, when the workers are done
+    assert run.metrics.read_text() == "more"
+    run.close()
+
+
 def test_a_path_carries_nothing(tmp_path: Path) -> None:
     folder = open_folder(str(tmp_path))
     assert type(folder) is SharedFolder and folder.path == tmp_path
