@@ -239,6 +239,25 @@ def test_contradictions_are_refused(
         load(lisa_train.Config, teacher, tmp_path, *overrides)
 
 
+def test_benchmark_tasks_run(teacher: Path, tmp_path: Path) -> None:
+    """A task of one's own, two choices a question: accuracy of both models from lm-evaluation-harness itself."""
+    pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed")
+    rows = [{"question": f"word {i}", "choices": ["river", "forest"], "label": i % 2} for i in range(6)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (tmp_path / "task.yaml").write_text(
+        "task: rivers\ndataset_path: json\noutput_type: multiple_choice\ntest_split: train\n"
+        f"dataset_kwargs: {{data_files: {tmp_path / 'rows.jsonl'}}}\n"
+        "doc_to_text: '{{question}}'\ndoc_to_choice: '{{choices}}'\ndoc_to_target: label\n"
+        "metric_list: [{metric: acc, aggregation: mean, higher_is_better: true}]\n"
+    )
+    tasks = f"tasks={{names: [rivers], folder: {tmp_path}, batch_size: 2}}"
+    models = [f"models.full.path={teacher}", f"models.shared.path={teacher}"]
+    found = evaluate.main(load(evaluate.Config, teacher, tmp_path, *models, tasks))
+    assert set(found["full"]["tasks"]) == {"rivers"}
+    assert 0 <= found["full"]["tasks"]["rivers"]["acc"] <= 1
+    assert found["full"]["tasks"] == found["shared"]["tasks"]
+
+
 @pytest.mark.parametrize("search", ["grid", "random"])
 def test_the_sweep_leaves_out_ranks_past_break_even(teacher: Path, tmp_path: Path, search: Any) -> None:
     """Before any trial runs: heads of 16 bear ranks 0 to 4 beside the alignments of the space, not 8 and more."""
