@@ -95,6 +95,8 @@ class VisualData(Section):
     """Evaluation samples; default: `eval_fraction` of the training pictures (or prompts, where there is no picture)."""
     eval_fraction: float = Field(default=0.05, gt=0, lt=1)
     """Share that is held out if `eval` is not given."""
+    held_out: list[VisualSource] = Field(default=[])
+    """Further data, e.g. benchmarks, whose pictures no training sample may show or describe; such samples are left out."""
     limit: int | None = Field(default=None, ge=1)
     """Train on this many samples only, drawn by `train.seed`."""
     limit_each: int | None = Field(default=None, ge=1)
@@ -156,8 +158,8 @@ class Parts:
 def load_parts(data: VisualData, *, seed: int) -> Parts:
     """Training and evaluation samples of a phase.
 
-    A training sample whose picture is also in the evaluation part is left out and counted, whether it shows the picture
-    or its caption.
+    A training sample whose picture is also in the evaluation part or in `held_out` is left out and counted, whether it
+    shows the picture or its caption.
 
     Raises:
         DataError: A source cannot be read, or a row or picture does not fit.
@@ -170,7 +172,8 @@ def load_parts(data: VisualData, *, seed: int) -> Parts:
     if not held_out.samples:
         train.samples, held_out.samples = _split(train.samples, data.eval_fraction, seed)
     counts: dict[str, Any] = {**train.counts, **{f"eval/{name}": v for name, v in held_out.counts.items()}}
-    kept = _without_leaks(train.samples, held_out.samples)
+    others = load_sources(data.held_out, data.images).samples if data.held_out else []
+    kept = _without_leaks(train.samples, [*held_out.samples, *others])
     if len(kept) < len(train.samples):
         counts["in_evaluation"] = len(train.samples) - len(kept)
         logger.warning(

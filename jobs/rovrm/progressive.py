@@ -125,9 +125,15 @@ def _start(cfg: Config, run: RunFolder) -> str:
     if cfg.scratch is None or (folder / "rovrm.json").exists():
         return str(folder) if cfg.model is None else cfg.model.path
     seed = cfg.train.seed
-    samples = [s for phase in cfg.phases for s in load_parts(phase.data, seed=seed).train]
+    samples = [s for phase in cfg.phases for s in load_parts(_data(cfg, phase), seed=seed).train]
     texts = [text for s in samples for text in (s.record.prompt, *s.record.responses)]
     return prepare_start(cfg, folder, texts, seed=seed).path
+
+
+def _data(cfg: Config, phase: PhaseSection) -> VisualData:
+    """The data of a phase; what is evaluated on at the end is kept out of all of them."""
+    evaluated = [source for section in cfg.sets.values() for source in section.sources]
+    return phase.data.model_copy(update={"held_out": [*phase.data.held_out, *evaluated]})
 
 
 def _name(place: int, section: PhaseSection) -> str:
@@ -136,7 +142,9 @@ def _name(place: int, section: PhaseSection) -> str:
 
 def _select(cfg: Config, run: RunFolder, start: str) -> Selection:
     """Select for all phases that ask for it."""
-    pools = [Pool(_name(place, phase), phase.data, phase.select) for place, phase in enumerate(cfg.phases)]
+    pools = [
+        Pool(_name(place, phase), _data(cfg, phase), phase.select) for place, phase in enumerate(cfg.phases)
+    ]
 
     def warm_up(folder: Path) -> str:
         _train(cfg, _warm_up_phase(cfg), folder, None, start)
@@ -185,7 +193,7 @@ def _phase_config(
     first = model is None and cfg.model is not None
     values = {
         "phase": phase.phase,
-        "data": phase.data.model_dump(),
+        "data": _data(cfg, phase).model_dump(),
         "train_vision_tower": phase.train_vision_tower,
         "train": {**cfg.train.model_dump(), **phase.train},
         "optim": {**cfg.optim.model_dump(), **phase.optim},

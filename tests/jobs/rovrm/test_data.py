@@ -143,6 +143,10 @@ def test_no_picture_lies_on_both_sides(rows: Path, tmp_path: Path) -> None:
     captions = [_source(rows, form="caption")]
     parts = load_parts(VisualData.model_validate({"train": captions, "eval": evaluation}), seed=0)
     assert parts.counts["in_evaluation"] == 5
+    benchmark = {"train": [pictures], "held_out": evaluation, "eval_fraction": 0.3}
+    kept = load_parts(VisualData.model_validate(benchmark), seed=0).train
+    shown = {s.picture for s in _load(_source(rows, images=images)).samples[:10]}
+    assert kept and not shown & {s.picture for s in kept}
 
 
 def test_a_limit_draws_by_the_seed(rows: Path, tmp_path: Path) -> None:
