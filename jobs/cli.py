@@ -20,6 +20,7 @@ from eagleray.jobs.launch import clean_exit, configure_logging, start
 from eagleray.jobs.registry import job_name, load_job
 from eagleray.platform.config import ConfigError, json_schema, load_config
 from eagleray.platform.history import compare_runs, list_runs, load_run
+from eagleray.platform.keys import add_key, read_keys, remove_key
 
 app = typer.Typer(
     help="Experiments with reward models, preference data, attention sharing and speech translation on Ray.",
@@ -31,7 +32,9 @@ config_app = typer.Typer(help="Look at configurations without running anything."
 runs_app = typer.Typer(help="Look at recorded runs.", no_args_is_help=True)
 cluster_app = typer.Typer(help="Clusters for trying things.", no_args_is_help=True)
 experiment_app = typer.Typer(help="Whole experiments from one file.", no_args_is_help=True)
+keys_app = typer.Typer(help="API keys of `eagleray serve`.", no_args_is_help=True)
 app.add_typer(config_app, name="config")
+app.add_typer(keys_app, name="keys")
 app.add_typer(cluster_app, name="cluster")
 app.add_typer(experiment_app, name="experiment")
 app.add_typer(runs_app, name="runs")
@@ -43,6 +46,7 @@ Overrides = Annotated[
     list[str] | None,
     typer.Argument(metavar="[KEY=VALUE]...", help="Settings over the file's, e.g. optim.lr=2e-5."),
 ]
+KeyFile = Annotated[Path, typer.Argument(help="File of keys; made if it is missing.")]
 RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="Run folder.")]
 RunPaths = Annotated[list[Path], typer.Argument(metavar="RUN...", help="Run folders.")]
 
@@ -141,7 +145,8 @@ def serve(
     settings: Annotated[
         list[str],
         typer.Argument(
-            metavar="KIND=FOLDER [KIND.KEY=VALUE]...", help="e.g. gram=runs/demo/model gram.max_responses=16"
+            metavar="KIND[:NAME]=FOLDER [KIND[:NAME].KEY=VALUE]...",
+            help="e.g. gram=runs/demo/model gram.max_responses=16 nast=runs/nast/model",
         ),
     ],
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
@@ -155,19 +160,54 @@ def serve(
     render: Annotated[
         bool, typer.Option("--render", help="Print a KubeRay RayService (settings: kube.KEY=VALUE) and stop.")
     ] = False,
-    insecure_bind: Annotated[
-        bool, typer.Option("--insecure-bind", help="Allow a host that other machines can reach.")
+    update: Annotated[
+        bool,
+        typer.Option("--update", help="Make the server at --address serve these models and no others."),
     ] = False,
+    keys: Annotated[
+        Path | None,
+        typer.Option(help="File of API keys (`eagleray keys add`); needed for a host that others can reach."),
+    ] = None,
 ) -> None:
-    """Serve a model over HTTP on this machine until Ctrl-C."""
+    """Serve models over HTTP on this machine until Ctrl-C."""
     from eagleray.jobs import serve as jobs  # Ray and torch load only here
 
     if render:
-        typer.echo(jobs.render(settings), nl=False)
+        typer.echo(jobs.render(settings, keys=keys), nl=False)
         return
-    jobs.serve_models(
-        settings, host=host, port=port, address=address, print_yaml=print_yaml, insecure_bind=insecure_bind
-    )
+    if update:
+        jobs.update_models(settings, address=address)
+        return
+    jobs.serve_models(settings, host=host, port=port, address=address, print_yaml=print_yaml, keys=keys)
+
+
+@keys_app.command("add")
+def keys_add(
+    name: Annotated[str, typer.Argument(help="Whose key it is; appears in logs.")],
+    file: KeyFile,
+    per_minute: Annotated[
+        int | None, typer.Option(min=1, help="Most requests a minute; default: no limit.")
+    ] = None,
+) -> None:
+    """Make an API key and print it, this once; the file keeps its hash."""
+    typer.echo(add_key(file, name, per_minute=per_minute))
+
+
+@keys_app.command("list")
+def keys_list(file: KeyFile) -> None:
+    """Print whose keys there are, their rates and when they were made."""
+    for key in read_keys(file):
+        rate = "no limit" if key.per_minute is None else f"{key.per_minute} a minute"
+        typer.echo(f"{key.name}  {rate}  {key.created}")
+
+
+@keys_app.command("remove")
+def keys_remove(
+    name: Annotated[str, typer.Argument(help="Whose key it is.")],
+    file: KeyFile,
+) -> None:
+    """Remove an API key; running servers refuse it within a second."""
+    remove_key(file, name)
 
 
 @app.command("score")

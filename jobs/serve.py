@@ -1,10 +1,10 @@
 """What `eagleray serve` does, and `serving` for programs that need a running server.
 
     eagleray serve gram=runs/demo/model
-    eagleray serve gram=runs/demo/model gram.max_responses=16 --port 9000
+    eagleray serve gram=runs/demo/model gram.max_responses=16 nast=runs/nast/model --port 9000
+    eagleray serve gram:small=runs/a/model gram:large=runs/b/model gram:large.gpus=1
     eagleray serve gram=runs/demo/model --print-yaml > gram.yaml
 
-The server is bound to this machine only: there are no API keys yet, so anybody who reaches the port may use it.
 `jobs` and `serve` stand side by side and do not import each other; an application is reached by its import path,
 here as in Ray Serve's own YAML.
 """
@@ -12,25 +12,30 @@ here as in Ray Serve's own YAML.
 from __future__ import annotations
 
 import importlib
+import re
 import shlex
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import ray
 from pydantic import create_model
 from rich.console import Console
 
 from eagleray.platform.config import Config, load_config, validate_config
+from eagleray.platform.keys import read_keys
 from eagleray.platform.kuberay import ray_service, split_settings
 from eagleray.platform.serving import (
+    App,
     ServedModel,
     ServingError,
     check_host,
     running,
-    serve_application,
     serve_yaml,
+    update,
 )
 
 APPLICATIONS = {
@@ -42,8 +47,17 @@ APPLICATIONS = {
 }
 """Kind of model -> module with the application's `build_app` and its argument, the config class `Args`."""
 
+GATEWAY = "eagleray.serve.gateway"
+"""The application in front of them."""
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,62}")
+_SYNTAX = (
+    "Write KIND=FOLDER, or KIND:NAME=FOLDER for several of one kind, and KIND.KEY=VALUE or KIND:NAME.KEY=VALUE for "
+    f"settings, with a kind of: {', '.join(sorted(APPLICATIONS))}."
+)
+
 _PAIR = '{"prompt": "Name a river in Peru.", "a": "The Ucayali.", "b": "Probably the Nile."}'
-_CHAT = '{"model": "model", "messages": [{"role": "user", "content": "Name a river in Peru."}]}'
+_CHAT = '{"model": "MODEL", "messages": [{"role": "user", "content": "Name a river in Peru."}]}'
 _LABELLED = '{"prompt": "Name a river in Peru.", "chosen": "The Ucayali.", "rejected": "Probably the Nile."}'
 _EXAMPLES = {
     "gram": f"/compare -H 'content-type: application/json' -d {shlex.quote(_PAIR)}",
@@ -62,30 +76,35 @@ def serve_models(
     port: int = 8000,
     address: str | None = None,
     print_yaml: bool = False,
-    insecure_bind: bool = False,
+    keys: Path | None = None,
 ) -> None:
     """Serve until Ctrl-C, or print the configuration for `serve deploy`.
 
     Args:
-        settings: `KIND=FOLDER`, and `KIND.KEY=VALUE` for any field of the kind's `Args`.
+        settings: `KIND=FOLDER` or `KIND:NAME=FOLDER`, and `KIND.KEY=VALUE` for any field of the kind's `Args`.
         host: Address to listen on.
         port: Port to listen on; 0 takes a free one.
         address: Address of a running Ray cluster. Default: a private local one.
         print_yaml: Print the YAML and stop; nothing is started.
-        insecure_bind: Allow a `host` that other machines can reach.
+        keys: File of API keys; without one no key is asked for, and only this machine may be listened on.
     """
-    kind, args = _parse(settings)
-    check_host(host, insecure_bind=insecure_bind)
+    models = parse_models(settings)
+    check_host(host, keys=keys is not None)
+    if keys is not None:
+        read_keys(keys)
     console = Console(soft_wrap=True, markup=False, highlight=False)
     if print_yaml:
-        console.print(serve_yaml(_builder(kind), args, name=kind, host=host, port=port), end="")
+        console.print(serve_yaml(gateway(keys), models, host=host, port=port), end="")
         return
     try:
-        with running(
-            _builder(kind), args, name=kind, host=host, port=port, address=address, access_log=True
-        ) as url:
-            request = f"curl -s {url}{_EXAMPLES[kind]}"
-            console.print(f"Serving {args.model} at {url} (documentation: {url}/docs). Try:\n\n  {request}\n")
+        with running(gateway(keys), models, host=host, port=port, address=address, access_log=True) as url:
+            console.print(f"Serving at {url} (documentation: {url}/docs). Try:\n")
+            for app in models:
+                console.print(f"  curl -s {url}{_EXAMPLES[app.deployment].replace('MODEL', app.name)}\n")
+            ray_address = ray.get_runtime_context().gcs_address
+            console.print(
+                f"Other models without a stop: eagleray serve --update --address {ray_address} KIND=FOLDER..."
+            )
             console.print("Ctrl-C stops it after the requests in progress.")
             while True:
                 time.sleep(3600)
@@ -93,23 +112,54 @@ def serve_models(
         console.print("Stopped.")
 
 
-def render(settings: Sequence[str]) -> str:
-    """The YAML of a KubeRay RayService that serves a model.
+def update_models(settings: Sequence[str], *, address: str | None) -> None:
+    """Change what a running server serves, and say what changed.
+
+    Args:
+        settings: As in `serve_models`: all models to serve from now on.
+        address: Address of the Ray cluster on which the server runs; `eagleray serve` prints it.
+    """
+    if address is None:
+        raise ServingError("`--update` needs the `--address` that `eagleray serve` printed when it started.")
+    done = update("gateway", parse_models(settings), address=address)
+    for word, names in vars(done).items():
+        if names:
+            print(f"{word}: {', '.join(names)}")
+
+
+def render(settings: Sequence[str], *, keys: Path | None = None) -> str:
+    """The YAML of a KubeRay RayService that serves models.
 
     Args:
         settings: As in `serve_models`, and `kube.KEY=VALUE` for the fields of `KubeSection`.
+        keys: File of API keys on the pods' shared volume.
     """
     kube, settings = split_settings(settings)
-    kind, args = _parse(settings)
-    args = args.model_copy(
-        update={
-            "model": kube.on_storage(args.model, key=f"{kind}.model"),
-            "gpus": float(kube.gpu) if args.gpus == "auto" else args.gpus,
-        }
+    models = parse_models(settings)
+    sharing = sum(_settings(app).gpus == "auto" for app in models)
+    placed = [
+        replace(
+            app,
+            args=_settings(app).model_copy(
+                update={
+                    "model": kube.on_storage(_settings(app).model, key=f"{app.deployment}.model"),
+                    "cpus": 1 if _settings(app).cpus == "auto" else _settings(app).cpus,
+                    "gpus": float(kube.gpu) / sharing
+                    if _settings(app).gpus == "auto"
+                    else _settings(app).gpus,
+                }
+            ),
+        )
+        for app in models
+    ]
+    return ray_service(
+        kube,
+        name=f"serve-{models[0].name.lower().replace('_', '-')}" if len(models) == 1 else "serve-models",
+        gateway=gateway(None if keys is None else kube.on_storage(str(keys), key="--keys")).config(),
+        models=[app.config() for app in placed],
+        cpus=sum(float(_settings(app).cpus) for app in placed),
+        gpu=any(float(_settings(app).gpus) > 0 for app in placed),
     )
-    assert args.gpus != "auto"
-    application = serve_application(_builder(kind), args, name=kind)
-    return ray_service(kube, name=f"serve-{kind}", application=application, cpus=args.cpus, gpu=args.gpus > 0)
 
 
 @contextmanager
@@ -120,7 +170,7 @@ def serving(
 
     Args:
         model: Model folder.
-        kind: Kind of model, a key of `APPLICATIONS`.
+        kind: Kind of model, a key of `APPLICATIONS`, which is also the model's name.
         port: Port on the loopback address; 0 takes a free one.
         address: Address of a running Ray cluster. Default: the connected one, or a private local one.
         limits: Further fields of the application's `Args`.
@@ -128,30 +178,67 @@ def serving(
     Yields:
         The base URL; requests are answered.
     """
-    args = validate_config(_args_class(kind), {"model": str(model), **limits}, "serving")
-    with running(_builder(kind), args, name=kind, port=port, address=address) as url:
+    args = validate_config(_args_class(kind), {"model": str(model), "name": kind, **limits}, "serving")
+    with running(gateway(), [_app(kind, args)], port=port, address=address) as url:
         yield url
 
 
-def _parse(settings: Sequence[str]) -> tuple[str, ServedModel]:
-    """The kind of model and its arguments; `gram=FOLDER` is short for `gram.model=FOLDER`."""
-    kinds = {setting.partition("=")[0].partition(".")[0] for setting in settings}
-    if len(kinds) != 1 or not kinds <= APPLICATIONS.keys():
-        given = f"the settings name {', '.join(sorted(kinds))}" if kinds else "no model is named"
-        raise ServingError(
-            f"One model is served at a time, and {given}. Write KIND=FOLDER, and KIND.KEY=VALUE for its settings, "
-            f"with one kind of: {', '.join(sorted(APPLICATIONS))}."
-        )
-    [kind] = kinds
-    settings = [s.replace("=", ".model=", 1) if s.startswith(f"{kind}=") else s for s in settings]
-    # One section for the kind, so that messages name keys as they were written.
-    sections: dict[str, Any] = {kind: (_args_class(kind), ...)}
-    config = create_model("ServeConfig", __base__=Config, **sections)
-    return kind, getattr(load_config(config, overrides=settings), kind)
+def parse_models(settings: Sequence[str]) -> list[App]:
+    """The models that settings name, in the order of their first mention.
+
+    `gram=FOLDER` is short for `gram:gram=FOLDER`: a model of kind `gram` with the name `gram`. `gram:NAME.KEY=VALUE`
+    sets a field of its arguments.
+
+    Raises:
+        ServingError: No model is named, a kind is not known, or two models have one name.
+        ConfigError: A field is missing, unknown or not allowed.
+    """
+    kinds: dict[str, str] = {}
+    folders: set[str] = set()
+    for setting in settings:
+        section, _, key = setting.partition("=")[0].partition(".")
+        kind, colon, name = section.partition(":")
+        if kind not in APPLICATIONS or (colon and not _NAME.fullmatch(name)):
+            raise ServingError(f"{setting!r} names no model. {_SYNTAX}")
+        if key == "name":
+            raise ServingError(f"{setting!r}: a model gets its name by `{kind}:NAME=FOLDER`.")
+        if key == "" and section in folders:
+            raise ServingError(
+                f"`{section}` is given twice. Several models of one kind need names: `{kind}:first=FOLDER "
+                f"{kind}:second=FOLDER`."
+            )
+        if key == "":
+            folders.add(section)
+        kinds.setdefault(section, kind)
+    if not kinds:
+        raise ServingError(f"No model is named. {_SYNTAX}")
+    names = [section.partition(":")[2] or kind for section, kind in kinds.items()]
+    if twice := {name for name in names if names.count(name) > 1 or name == "gateway"}:
+        raise ServingError(f"The name `{twice.pop()}` is taken; each model needs a name of its own.")
+    settings = [s.replace("=", ".model=", 1) if s.partition("=")[0] in kinds else s for s in settings]
+    # One section for each model, so that messages name keys as they were written.
+    sections: dict[str, Any] = {section: (_args_class(kind), ...) for section, kind in kinds.items()}
+    config = load_config(create_model("ServeConfig", __base__=Config, **sections), overrides=settings)
+    return [
+        _app(kind, getattr(config, section).model_copy(update={"name": name}))
+        for (section, kind), name in zip(kinds.items(), names, strict=True)
+    ]
 
 
-def _builder(kind: str) -> str:
-    return f"{APPLICATIONS[kind]}:build_app"
+def _app(kind: str, args: ServedModel) -> App:
+    assert args.name is not None
+    return App(args.name, f"{APPLICATIONS[kind]}:build_app", args, deployment=kind)
+
+
+def gateway(keys: str | Path | None = None) -> App:
+    """The application in front of the models."""
+    args = importlib.import_module(GATEWAY).Args(keys=None if keys is None else str(keys))
+    return App("gateway", f"{GATEWAY}:build_app", args, deployment="gateway", route_prefix="/")
+
+
+def _settings(app: App) -> ServedModel:
+    assert isinstance(app.args, ServedModel)
+    return app.args
 
 
 def _args_class(kind: str) -> type[ServedModel]:

@@ -130,18 +130,26 @@ def ray_job(kube: KubeSection, *, name: str, config: str, workers: int, cpus: fl
     )
 
 
-def ray_service(kube: KubeSection, *, name: str, application: dict[str, Any], cpus: float, gpu: bool) -> str:
+def ray_service(
+    kube: KubeSection,
+    *,
+    name: str,
+    gateway: dict[str, Any],
+    models: Sequence[dict[str, Any]],
+    cpus: float,
+    gpu: bool,
+) -> str:
     """YAML of a RayService.
 
     Args:
         kube: The Kubernetes cluster.
         name: Name of the service, unless `kube.name` is given.
-        application: One entry of `applications` in a Serve config, with one deployment and without its number of
-            replicas: there are as many as worker pods.
-        cpus: CPU cores of one replica.
-        gpu: Whether each has a GPU.
+        gateway: The entry of `applications` in a Serve config that answers HTTP.
+        models: The entries of the models, each with one deployment and without its number of replicas: of each model
+            there are as many as worker pods.
+        cpus: CPU cores of one replica of every model.
+        gpu: Whether they share a GPU.
     """
-    [deployment] = application["deployments"]
     replicas: dict[str, Any] = {"num_replicas": kube.workers}
     if kube.max_workers is not None:
         bounds = {"min_replicas": kube.workers, "max_replicas": kube.max_workers}
@@ -149,7 +157,10 @@ def ray_service(kube: KubeSection, *, name: str, application: dict[str, Any], cp
     serve = {
         "proxy_location": "EveryNode",
         "http_options": {"host": "0.0.0.0", "port": _SERVE_PORT},
-        "applications": [application | {"deployments": [{"name": deployment["name"]} | replicas]}],
+        "applications": [
+            _with_replicas(gateway, replicas),
+            *(_with_replicas(one, replicas) for one in models),
+        ],
     }
     spec = {
         "serveConfigV2": yaml.safe_dump(serve, sort_keys=False, allow_unicode=True),
@@ -159,6 +170,11 @@ def ray_service(kube: KubeSection, *, name: str, application: dict[str, Any], cp
     }
     metadata = _metadata(kube, kube.name or name)
     return _to_yaml({"apiVersion": "ray.io/v1", "kind": "RayService", "metadata": metadata, "spec": spec})
+
+
+def _with_replicas(application: dict[str, Any], replicas: dict[str, Any]) -> dict[str, Any]:
+    [deployment] = application["deployments"]
+    return application | {"deployments": [deployment | replicas]}
 
 
 def _cluster(

@@ -1,7 +1,8 @@
-"""Ray Serve on this machine: start, deploy one application, drain and stop; and what every served model is given.
+"""Ray Serve on this machine: start, deploy applications, update them, drain and stop; and what every model is given.
 
-An application is named by the import path of its builder, as in the YAML of `serve deploy`; the builder takes a
-subclass of `ServedModel`.
+Each model is a Serve application of its own and so is the gateway, the only one with a route. Serve versions an
+application as a whole: were all models in one, adding a model would restart the others (docs/decisions/0012-gateway.md).
+An application is named by the import path of its builder, as in the YAML of `serve deploy`.
 """
 
 from __future__ import annotations
@@ -9,19 +10,21 @@ from __future__ import annotations
 import hashlib
 import importlib
 import ipaddress
+import math
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import ray
 import yaml
-from pydantic import Field
+from pydantic import Field, field_validator
 from ray import serve
 from ray.serve.schema import LoggingConfig
 
-from eagleray.platform.cluster import check_placement, connected
+from eagleray.platform.cluster import PlacementError, connected
 from eagleray.platform.config import Config
 from eagleray.platform.sections import RaySection
 
@@ -37,120 +40,199 @@ class ServedModel(Config):
 
     model: str
     """Folder of the model, readable on every node that runs a replica; weights must be safetensors."""
-    name: str | None = None
-    """Name shown to clients. Default: the folder's."""
-    cpus: float = Field(default=1, gt=0)
-    """CPU cores of one replica; without a GPU, also its threads."""
+    name: str | None = Field(default=None, pattern="^[A-Za-z0-9][A-Za-z0-9_-]{0,62}$")
+    """Name by which clients choose the model. Default: the folder's."""
+    cpus: float | Literal["auto"] = "auto"
+    """CPU cores that Ray reserves for one replica; without a GPU, also its threads. `auto`: one on a cluster; on a single
+    machine nothing is reserved and every model may use all cores."""
     gpus: float | Literal["auto"] = "auto"
     """GPUs of one replica, or a share of one. `auto`: one if the cluster has any."""
     timeout_s: float = Field(default=60, gt=0)
     """Longest time for one request; it gets 504 then, and its work is dropped."""
 
+    @field_validator("cpus")
+    @classmethod
+    def _some_cores(cls, cpus: float | Literal["auto"]) -> float | Literal["auto"]:
+        if cpus != "auto" and cpus <= 0:
+            raise ValueError("must be greater than 0, or 'auto'")
+        return cpus
+
     def actor_options(self) -> dict[str, Any]:
         """Ray's resources for one replica; `auto` is decided by the connected cluster."""
-        gpus = self.gpus
+        cpus, gpus = self.cpus, self.gpus
+        if cpus == "auto":
+            cpus = 0 if ray.is_initialized() and len(ray.nodes()) == 1 else 1
         if gpus == "auto":
             gpus = 1 if ray.is_initialized() and ray.cluster_resources().get("GPU", 0) >= 1 else 0
-        return {"num_cpus": self.cpus, "num_gpus": gpus}
+        return {"num_cpus": cpus, "num_gpus": gpus}
+
+
+@dataclass(frozen=True)
+class App:
+    """A Serve application: the import path of its builder, and the builder's argument."""
+
+    name: str
+    import_path: str
+    args: Config
+    deployment: str
+    """Name of its only deployment."""
+    route_prefix: str | None = None
+    """Where it answers HTTP; None for a model, which only the gateway calls."""
+
+    def build(self) -> serve.Application:
+        """The application, to be run from here."""
+        module, _, builder = self.import_path.partition(":")
+        return getattr(importlib.import_module(module), builder)(self.args)
+
+    def config(self, **deployment: Any) -> dict[str, Any]:
+        """Its entry in a Serve config file, with further options of the deployment."""
+        args = self.args.model_dump(mode="json", exclude_none=True)
+        if isinstance(self.args, ServedModel):
+            # Replicas run in another folder than the one in which a relative path was meant.
+            args["model"] = str(Path(self.args.model).expanduser().absolute())
+        return {
+            "name": self.name,
+            "route_prefix": self.route_prefix,
+            "import_path": self.import_path,
+            "args": args,
+            "deployments": [{"name": self.deployment} | deployment],
+        }
 
 
 @contextmanager
 def running(
-    import_path: str,
-    args: ServedModel,
+    gateway: App,
+    models: Sequence[App],
     *,
-    name: str,
     host: str = "127.0.0.1",
     port: int = 0,
     address: str | None = None,
     access_log: bool = False,
 ) -> Iterator[str]:
-    """The application behind HTTP for the length of the block; afterwards requests in progress end first.
+    """Models behind the gateway for the length of the block; afterwards requests in progress end first.
 
     Uses the Ray that is connected; else starts a private local one (or connects to `address`) and ends it after.
 
     Args:
-        import_path: `module:builder` of the application.
-        args: Argument of the builder.
-        name: Name of the application.
+        gateway: The application that answers HTTP.
+        models: Applications whose argument is a `ServedModel`.
         host: Address to listen on.
         port: Port to listen on; 0 takes a free one.
         address: Address of a running Ray cluster.
-        access_log: Whether replicas log a line for each request (method, path, status, time).
+        access_log: Whether the gateway logs a line for each request (method, path, model, status, time).
 
     Yields:
         The base URL; requests are answered.
 
     Raises:
-        ServingError: Ray Serve runs already on the cluster, the port is taken, or the model cannot be loaded.
+        ServingError: Ray Serve runs already on the cluster, the port is taken, or a model cannot be loaded.
         PlacementError: The cluster has no room for a replica.
     """
-    folder = model_folder(args.model)
+    models = [_absolute(app) for app in models]
     port = _free_port(host, port)
     with connected(RaySection(address=address)):
-        args = _with_cores(args.model_copy(update={"model": str(folder)}))
-        use_gpu = "auto" if args.gpus == "auto" else args.gpus > 0
-        check_placement(RaySection(cpus_per_worker=args.cpus, use_gpu=use_gpu))
+        models = _placed(models)
         if serve.status().proxies:
             raise ServingError(
                 "Ray Serve runs already on this cluster, and its address cannot be changed. Stop it (`serve "
-                "shutdown`), or add the model to it with `serve deploy` and the YAML of `--print-yaml`."
+                "shutdown`), change its models with `--update`, or use `serve deploy` and the YAML of `--print-yaml`."
             )
         try:
             serve.start(
                 proxy_location="HeadOnly",
-                http_options=_http_options(args, host=host, port=port),
+                http_options=_http_options(models, host=host, port=port),
                 logging_config=LoggingConfig(log_level="WARNING"),
             )
             try:
-                _deploy(import_path, args, name=name, access_log=access_log)
+                _deploy(models)
+                _deploy([gateway], access_log=access_log)
                 yield f"http://{f'[{host}]' if ':' in host else host}:{port}"
             finally:
                 # Deleting first lets the requests in progress end; a shutdown alone would cut them off.
-                with suppress(TimeoutError):
-                    serve.delete(name)
+                for app in (gateway, *models):
+                    with suppress(TimeoutError):
+                        serve.delete(app.name)
         finally:
             serve.shutdown()
 
 
-def serve_yaml(import_path: str, args: ServedModel, *, name: str, host: str, port: int) -> str:
-    """The file with which `serve deploy` runs the same application."""
+@dataclass(frozen=True)
+class Update:
+    """What an update did, by the names of the models."""
+
+    loaded: list[str]
+    replaced: list[str]
+    unloaded: list[str]
+    kept: list[str]
+
+
+def update(gateway: str, models: Sequence[App], *, address: str) -> Update:
+    """Make a running server serve exactly these models.
+
+    New ones are loaded beside the others; one whose settings changed is replaced replica by replica, while its
+    requests wait for the next replica; one that is not named any more ends its requests and is unloaded. Models that
+    stay as they are notice nothing, and the gateway follows within a second.
+
+    Args:
+        gateway: Name of the gateway's application.
+        models: The models to serve from now on.
+        address: Address of the Ray cluster on which the server runs.
+
+    Raises:
+        ServingError: No gateway runs there, or a model cannot be loaded; those that ran before still do.
+    """
+    models = [_absolute(app) for app in models]
+    with connected(RaySection(address=address)):
+        running = serve.status().applications
+        if gateway not in running:
+            raise ServingError(
+                f"`--address` is {address!r}, and no gateway runs there. Start it with `eagleray serve` first."
+            )
+        old = {name: _settings(name) for name in running if name != gateway}
+        kept = [app.name for app in models if app.name in old and _same(app, old[app.name])]
+        changed = [app for app in _placed(models) if app.name not in kept]
+        gone = [name for name in old if name not in {app.name for app in models}]
+        try:
+            _deploy(changed)
+        except ServingError:
+            for app in changed:
+                if app.name not in old:
+                    serve.delete(app.name)
+            raise
+        for name in gone:
+            serve.delete(name)
+        return Update(
+            loaded=[app.name for app in changed if app.name not in old],
+            replaced=[app.name for app in changed if app.name in old],
+            unloaded=gone,
+            kept=kept,
+        )
+
+
+def serve_yaml(gateway: App, models: Sequence[App], *, host: str, port: int) -> str:
+    """The file with which `serve deploy` runs the same applications."""
     config = {
         "proxy_location": "HeadOnly",
-        "http_options": _http_options(args, host=host, port=port),
-        "applications": [serve_application(import_path, args, name=name)],
+        "http_options": _http_options(models, host=host, port=port),
+        "applications": [app.config(num_replicas=1) for app in (gateway, *models)],
     }
     return yaml.safe_dump(config, sort_keys=False, allow_unicode=True)
 
 
-def serve_application(import_path: str, args: ServedModel, *, name: str) -> dict[str, Any]:
-    """The application's entry in that file, and in the one of a RayService."""
-    return {
-        "name": name,
-        "route_prefix": "/",
-        "import_path": import_path,
-        # Replicas run in another folder than the one in which a relative path was meant.
-        "args": args.model_dump(mode="json", exclude_none=True)
-        | {"model": str(Path(args.model).expanduser().absolute())},
-        "deployments": [{"name": name, "num_replicas": 1}],
-    }
-
-
-def check_host(host: str, *, insecure_bind: bool) -> None:
-    """Refuse an address that other machines may reach, unless told otherwise.
+def check_host(host: str, *, keys: bool) -> None:
+    """Refuse an address that other machines may reach, unless API keys are asked for.
 
     Raises:
-        ServingError: It is not a loopback address.
+        ServingError: It is not a loopback address, and there are no keys.
     """
     try:
         loopback = host == "localhost" or ipaddress.ip_address(host).is_loopback
     except ValueError:
         loopback = False
-    if not loopback and not insecure_bind:
+    if not loopback and not keys:
         raise ServingError(
-            f"`--host` is {host!r}, which other machines may reach, and the server has no API keys: everybody who "
-            "reaches it could use the model. Keep 127.0.0.1 and put a proxy with authentication in front of it, or "
-            "add `--insecure-bind` in a network that you trust."
+            f"`--host` is {host!r}, which other machines may reach: everybody there could use the models. Make API keys "
+            "with `eagleray keys add NAME FILE` and give the file by `--keys FILE`, or keep 127.0.0.1."
         )
 
 
@@ -185,24 +267,85 @@ def model_revision(folder: Path, *settings: str) -> str:
     return digest.hexdigest()[:12]
 
 
-def _deploy(import_path: str, args: ServedModel, *, name: str, access_log: bool) -> None:
-    module, _, builder = import_path.partition(":")
-    application = getattr(importlib.import_module(module), builder)(args)
-    log = LoggingConfig(log_level="INFO" if access_log else "WARNING", enable_access_log=access_log)
+def _model(app: App) -> ServedModel:
+    assert isinstance(app.args, ServedModel)
+    return app.args
+
+
+def _absolute(app: App) -> App:
+    folder = model_folder(_model(app).model)
+    return replace(app, args=_model(app).model_copy(update={"model": str(folder)}))
+
+
+def _placed(models: Sequence[App]) -> list[App]:
+    """The models with their share of the GPUs, if the cluster has room for all of them."""
+    settings = [_model(app) for app in models]
+    resources = ray.cluster_resources()
+    need = {
+        "CPU": sum(args.cpus for args in settings if args.cpus != "auto"),
+        "GPU": sum(args.gpus for args in settings if args.gpus != "auto"),
+    }
+    for name, amount in need.items():
+        if amount > resources.get(name, 0):
+            raise PlacementError(
+                f"The models ask for {amount:g} {name} in all; the cluster has {resources.get(name, 0):g}. Lower "
+                f"`{name.lower()}s` of some, or name a larger cluster by `--address`."
+            )
+    sharing = sum(args.gpus == "auto" for args in settings)
+    free = resources.get("GPU", 0) - need["GPU"]
+    share = 1.0 if free >= sharing else math.floor(100 * free / sharing) / 100
+    return [
+        replace(app, args=args.model_copy(update={"gpus": share})) if args.gpus == "auto" else app
+        for app, args in zip(models, settings, strict=True)
+    ]
+
+
+def _deploy(apps: Sequence[App], *, access_log: bool = False) -> None:
+    if not apps:
+        return
+    log = LoggingConfig(
+        encoding="JSON", log_level="INFO" if access_log else "WARNING", enable_access_log=False
+    )
+    targets = [
+        serve.RunTarget(app.build(), name=app.name, route_prefix=app.route_prefix, logging_config=log)
+        for app in apps
+    ]
     try:
-        serve.run(application, name=name, route_prefix="/", logging_config=log)
+        serve.run_many(targets)
     except RuntimeError as error:
-        # Serve's message holds the remote traceback; its last line is the reason.
-        deployments = serve.status().applications[name].deployments.values()
-        reasons = [
-            status.message.strip().splitlines()[-1] for status in deployments if status.message.strip()
-        ]
-        raise ServingError(f"{args.model} could not be served: {' '.join(reasons) or error}") from error
+        raise ServingError(_why_not_running(apps) or str(error)) from error
 
 
-def _http_options(args: ServedModel, *, host: str, port: int) -> dict[str, Any]:
-    # The application's own limit answers with a proper body; this one only catches what hangs outside of it.
-    return {"host": host, "port": port, "request_timeout_s": args.timeout_s + 10}
+def _why_not_running(apps: Sequence[App]) -> str:
+    """Which model could not be served, and why. Serve's message holds the remote traceback; its last line is the reason."""
+    found: list[str] = []
+    applications = serve.status().applications
+    for app in apps:
+        if app.name in applications and isinstance(app.args, ServedModel):
+            messages = [d.message.strip() for d in applications[app.name].deployments.values()]
+            reasons = [message.splitlines()[-1] for message in messages if message]
+            if reasons:
+                found.append(f"{app.args.model} could not be served: {' '.join(reasons)}")
+    return " ".join(found)
+
+
+def _settings(name: str) -> dict[str, Any]:
+    """The settings with which a model runs."""
+    handle: Any = serve.get_app_handle(name)
+    return handle.describe.remote().result().settings
+
+
+def _same(app: App, running: dict[str, Any]) -> bool:
+    wanted = app.args.model_dump(mode="json")
+    if wanted["gpus"] == "auto":
+        wanted["gpus"] = running["gpus"]
+    return wanted == running
+
+
+def _http_options(models: Sequence[App], *, host: str, port: int) -> dict[str, Any]:
+    # The applications' own limits answer with a proper body; this one only catches what hangs outside of them.
+    longest = max((app.args.timeout_s for app in models if isinstance(app.args, ServedModel)), default=60)
+    return {"host": host, "port": port, "request_timeout_s": longest + 10}
 
 
 def _free_port(host: str, port: int) -> int:
@@ -217,11 +360,3 @@ def _free_port(host: str, port: int) -> int:
                 f"Cannot listen on {host}:{port}: {error.strerror}. Choose another port."
             ) from error
         return probe.getsockname()[1]
-
-
-def _with_cores(args: ServedModel) -> ServedModel:
-    """On one machine and without a GPU, the model gets all cores unless the user said otherwise."""
-    resources = ray.cluster_resources()
-    if "cpus" in args.model_fields_set or resources.get("GPU", 0) >= 1 or len(ray.nodes()) > 1:
-        return args
-    return args.model_copy(update={"cpus": resources["CPU"]})

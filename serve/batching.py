@@ -29,6 +29,8 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Generic, TypeVar
 
+from eagleray.serve.metrics import batch_computed
+
 logger = logging.getLogger(__name__)
 
 Item = TypeVar("Item")
@@ -245,6 +247,12 @@ class Batcher(Generic[Item, Result]):
         seconds = (time.monotonic() - started) / len(entries)
         self._seconds_per_item = (
             0.8 * self._seconds_per_item + 0.2 * seconds if self._seconds_per_item else seconds
+        )
+        batch_computed(
+            items=len(entries),
+            cost=sum(s.costs[i] for s, i in entries),
+            seconds=seconds * len(entries),
+            pending=self._pending,
         )
         for (submission, index), result in zip(entries, results, strict=True):
             submission.accept(index, result)

@@ -1,11 +1,10 @@
-"""A GRAM judge (or a discriminative reward model) behind HTTP: `/compare`, `/rank`, `/reward`, `/healthz`.
+"""A GRAM judge (or a discriminative reward model) behind HTTP: `/compare`, `/rank`, `/reward`, and what others call it.
 
-One Ray Serve deployment holds the model and the endpoints: the texts would otherwise travel once more between two
-processes, and there is nothing else to scale on its own. Every comparison of every request goes through one
-`Batcher`; a ranking takes part in it round by round, so rounds of different requests share batches. The scores are
-those of `Judge.compare`, called here with larger batches and nothing else.
+Every comparison of every request goes through one `Batcher`; a ranking takes part in it round by round, so rounds of
+different requests share batches. The scores are those of `Judge.compare`, called here with larger batches and nothing
+else. The shapes of other programs are in `rewards.py` and, for a judge, `judging.py`.
 
-`serve deploy serve/gram.yaml` or `eagleray serve gram=MODEL` start it.
+`eagleray serve gram=MODEL` starts it.
 """
 
 # No postponed annotations here: Ray Serve looks at the annotation of `build_app` itself to learn the type of its
@@ -13,18 +12,16 @@ those of `Judge.compare`, called here with larger batches and nothing else.
 
 import asyncio
 import threading
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal
 
-import ray
 import torch
 from fastapi import FastAPI
 from pydantic import Field, model_validator
-from ray import serve
 from ray.serve import Application
 
 from eagleray.models.gram.alignment import transform_reward
@@ -32,10 +29,12 @@ from eagleray.models.gram.batching import common_prefix
 from eagleray.models.gram.discriminative import SETTINGS_FILE as REWARD_SETTINGS
 from eagleray.models.gram.discriminative import DiscriminativeScorer
 from eagleray.models.gram.judge import Comparison, Judge, Pair
+from eagleray.models.gram.prompts import JudgeEncoder
 from eagleray.models.gram.ranking import Compare, Ranking, rank
 from eagleray.platform.serving import ServedModel, model_folder, model_revision
 from eagleray.serve.batching import Batcher, BatcherClosed
-from eagleray.serve.http_app import ERROR_RESPONSES, invalid, new_app
+from eagleray.serve.http_app import ERROR_RESPONSES, check_model, invalid, new_app
+from eagleray.serve.judging import add_judge_routes
 from eagleray.serve.protocol import (
     CompareRequest,
     CompareResponse,
@@ -47,6 +46,8 @@ from eagleray.serve.protocol import (
     RewardResponse,
     prompt_text,
 )
+from eagleray.serve.replica import Served, model_application
+from eagleray.serve.rewards import Group, Scores, add_reward_routes
 
 MAX_ONGOING_REQUESTS = 256
 """Requests that one replica works on at a time. The bound that clients meet first is the one on comparisons."""
@@ -81,6 +82,10 @@ class Args(ServedModel):
         return self
 
 
+Item = Pair | tuple[str, str]
+"""What shares a batch: pairs to compare, and conversations to reward."""
+
+
 @dataclass(frozen=True)
 class LoadedModel:
     """What is served: a `Judge`, or anything else that compares pairs of answers."""
@@ -90,16 +95,28 @@ class LoadedModel:
     """Tokens that each pair adds to a round; None for a pair that is too long to be judged."""
     name: str
     revision: str
+    encoder: JudgeEncoder | None = None
+    """Of a judge that writes a label; None for a discriminative model."""
+    scorer: DiscriminativeScorer | None = None
+    """A model with a reward for each answer by itself."""
+
+    def compute(self, items: Sequence[Item]) -> list[Comparison | float]:
+        """Comparisons of pairs and rewards of conversations, in order."""
+        pairs = [item for item in items if len(item) == 3]
+        alone = [item for item in items if len(item) == 2]
+        compared = iter(self.compare(pairs) if pairs else [])
+        scored = iter(self.scorer.score(alone) if self.scorer is not None and alone else [])
+        return [next(compared) if len(item) == 3 else next(scored) for item in items]
 
 
 class GramService:
     """The work behind the endpoints, without HTTP: checks that need settings, batching, ranking in rounds."""
 
     def __init__(self, model: LoadedModel, args: Args):
-        self._model = model
+        self.model = model
         self._max_responses = args.max_responses
-        self.batcher = Batcher[Pair, Comparison](
-            model.compare,
+        self.batcher = Batcher[Item, Comparison | float](
+            model.compute,
             max_batch_cost=args.max_batch_tokens,
             max_wait_s=args.max_wait_s,
             max_pending=args.max_pending,
@@ -115,6 +132,7 @@ class GramService:
 
     async def compare(self, request: CompareRequest) -> CompareResponse:
         """Judge one pair."""
+        check_model(request.model, self.model.name)
         result = await self._judge_one((prompt_text(request.prompt), request.a, request.b))
         return CompareResponse(
             p_a=result.p_a,
@@ -122,12 +140,13 @@ class GramService:
             p_order1=result.p_order1,
             p_order2=result.p_order2,
             consistent=result.consistent,
-            model=self._model.name,
-            revision=self._model.revision,
+            model=self.model.name,
+            revision=self.model.revision,
         )
 
     async def reward(self, request: RewardRequest) -> RewardResponse:
         """Judge a response against its reference."""
+        check_model(request.model, self.model.name)
         result = await self._judge_one((prompt_text(request.prompt), request.response, request.reference))
         probability = torch.tensor(result.p_a, dtype=torch.float64)
         return RewardResponse(
@@ -135,12 +154,13 @@ class GramService:
             centred=transform_reward(probability, "centred").item(),
             logit=transform_reward(probability, "logit").item(),
             consistent=result.consistent,
-            model=self._model.name,
-            revision=self._model.revision,
+            model=self.model.name,
+            revision=self.model.revision,
         )
 
     async def rank(self, request: RankRequest) -> RankResponse:
         """Rank several responses."""
+        check_model(request.model, self.model.name)
         responses, method, reference = request.responses, request.method, request.reference
         if len(responses) > self._max_responses:
             raise invalid(
@@ -165,44 +185,84 @@ class GramService:
             scores=None if ranking.scores is None else list(ranking.scores),
             comparisons=ranking.comparisons,
             intransitive=ranking.intransitive,
-            model=self._model.name,
-            revision=self._model.revision,
+            model=self.model.name,
+            revision=self.model.revision,
         )
+
+    async def score(self, groups: Sequence[Group]) -> Scores:
+        """Answers scored by themselves, if the model can; else against a reference or the other answers."""
+        if max(len(group.answers) for group in groups) > self._max_responses and self.model.scorer is None:
+            raise invalid(
+                "body", f"has more than {self._max_responses} answers to one prompt, the most allowed"
+            )
+        if self.model.scorer is not None:
+            return await self._score_alone(groups)
+        if any(group.reference is None and len(group.answers) == 1 for group in groups):
+            raise invalid(
+                "body",
+                "has a single answer to a prompt and no reference; this judge compares, so give it a reference or "
+                "several answers",
+            )
+        plans = [_pairs_of(group) for group in groups]
+        pairs = [
+            (group.prompt, a, b) for group, plan in zip(groups, plans, strict=True) for _, _, a, b in plan
+        ]
+        with self.batcher.admit(len(pairs)):
+            results, tokens = await self._judge(pairs)
+        wins = iter(result.p_a for result in results)
+        return Scores(
+            [_mean_wins(group, plan, wins) for group, plan in zip(groups, plans, strict=True)], tokens
+        )
+
+    async def judge(self, pairs: Sequence[Pair]) -> tuple[list[Comparison], int]:
+        """Comparisons of pairs, and the tokens computed."""
+        with self.batcher.admit(len(pairs)):
+            return await self._judge(pairs)
 
     def health(self) -> HealthResponse:
         """That requests are answered; BatcherClosed if they are not."""
         if not self.batcher.alive:
             raise BatcherClosed("the batcher is not running")
         return HealthResponse(
-            pending_comparisons=self.batcher.pending, model=self._model.name, revision=self._model.revision
+            pending_comparisons=self.batcher.pending, model=self.model.name, revision=self.model.revision
         )
+
+    async def _score_alone(self, groups: Sequence[Group]) -> Scores:
+        scorer = self.model.scorer
+        assert scorer is not None
+        items: list[Item] = [(group.prompt, answer) for group in groups for answer in group.answers]
+        with self.batcher.admit(len(items)):
+            costs = await asyncio.to_thread(lambda: [len(scorer.encoder.encode(*item)) for item in items])
+            values = iter(await self.batcher.run(items, costs=costs))
+        return Scores([[_number(next(values)) for _ in group.answers] for group in groups], sum(costs))
 
     async def _judge_one(self, pair: Pair) -> Comparison:
         with self.batcher.admit(1):
-            [result] = await self._judge([pair])
+            [result], _ = await self._judge([pair])
         return result
 
-    async def _judge(self, pairs: Sequence[Pair]) -> list[Comparison]:
+    async def _judge(self, pairs: Sequence[Pair]) -> tuple[list[Comparison], int]:
         # In a thread: a text of a megabyte takes a while to tokenise.
-        costs = await asyncio.to_thread(self._model.costs, pairs)
+        costs = await asyncio.to_thread(self.model.costs, pairs)
         known = [cost for cost in costs if cost is not None]
         if len(known) < len(pairs):
             raise invalid(
                 "body", "holds a prompt with two answers that are too long for the model; shorten them"
             )
-        return await self.batcher.run(pairs, costs=known)
+        results = await self.batcher.run(pairs, costs=known)
+        return [result for result in results if isinstance(result, Comparison)], sum(known)
 
     async def _run_in_rounds(self, work: Callable[[Compare], Ranking]) -> Ranking:
         """Run `rank`, which calls for one round after the other, in a thread whose rounds join the shared batches."""
         loop = asyncio.get_running_loop()
         abandoned = threading.Event()
-        rounds: list[Future[list[Comparison]]] = []
+        rounds: list[Future[tuple[list[Comparison], int]]] = []
 
         def compare(pairs: Sequence[Pair]) -> list[Comparison]:
             rounds.append(asyncio.run_coroutine_threadsafe(self._judge(pairs), loop))
             if abandoned.is_set():
                 rounds[-1].cancel()
-            return rounds[-1].result()
+            return rounds[-1].result()[0]
 
         try:
             return await loop.run_in_executor(self._rankers, work, compare)
@@ -222,6 +282,32 @@ def comparisons_needed(method: RankMethod, responses: int) -> int:
         "round_robin": responses * (responses - 1) // 2,
     }
     return counts[method]
+
+
+def _pairs_of(group: Group) -> list[tuple[int, int | None, str, str]]:
+    """Which comparisons a group needs: positions of both answers (None: the reference), and their texts."""
+    answers = group.answers
+    if group.reference is not None:
+        return [(i, None, answer, group.reference) for i, answer in enumerate(answers)]
+    return [(i, j, answers[i], answers[j]) for i in range(len(answers)) for j in range(i + 1, len(answers))]
+
+
+def _mean_wins(
+    group: Group, plan: Sequence[tuple[int, int | None, str, str]], wins: Iterator[float]
+) -> list[float]:
+    """The mean probability with which each answer of a group wins its comparisons."""
+    found: list[list[float]] = [[] for _ in group.answers]
+    for i, j, _, _ in plan:
+        p_a = next(wins)
+        found[i].append(p_a)
+        if j is not None:
+            found[j].append(1 - p_a)
+    return [sum(values) / len(values) for values in found]
+
+
+def _number(value: Comparison | float) -> float:
+    assert not isinstance(value, Comparison)
+    return value
 
 
 def gram_app(service: GramService, args: Args) -> FastAPI:
@@ -253,6 +339,17 @@ def gram_app(service: GramService, args: Args) -> FastAPI:
     async def reward(request: RewardRequest) -> RewardResponse:
         return await service.reward(request)
 
+    add_reward_routes(app, service.score, name=service.model.name)
+    if (encoder := service.model.encoder) is not None:
+        add_judge_routes(
+            app,
+            service.judge,
+            template=encoder.template,
+            labels=encoder.label_strings,
+            name=service.model.name,
+            revision=service.model.revision,
+        )
+
     @app.get("/healthz", responses={503: ERROR_RESPONSES[503]}, summary="Whether the model takes requests")
     async def healthz() -> HealthResponse:
         return service.health()
@@ -260,54 +357,40 @@ def gram_app(service: GramService, args: Args) -> FastAPI:
     return app
 
 
-@serve.deployment(
-    name="gram",
-    max_ongoing_requests=MAX_ONGOING_REQUESTS,
-    max_queued_requests=MAX_ONGOING_REQUESTS,
-    backpressure_config={"status_code": 429, "retry_after_s": 1},
-    max_constructor_retry_count=2,
-)
-@serve.ingress()
-class GramDeployment:
-    """One replica: a model, its batcher and the endpoints."""
-
-    def __init__(self, args: Args):
-        on_gpu = bool(ray.get_runtime_context().get_accelerator_ids().get("GPU"))
-        if not on_gpu:
-            torch.set_num_threads(max(1, int(args.cpus)))
-        self._args = args
-        self._service = GramService(load_model(args, device="cuda" if on_gpu else "cpu"), args)
-
-    def __serve_build_asgi_app__(self) -> FastAPI:
-        return gram_app(self._service, self._args)
-
-    def check_health(self) -> None:
-        """Called by Serve; a replica that fails is replaced."""
-        self._service.health()
+def start(args: Args, /, *, device: str) -> Served:
+    """Load the model and put its endpoints around it."""
+    model = load_model(args, device=device)
+    service = GramService(model, args)
+    return Served(
+        kind="gram",
+        name=model.name,
+        revision=model.revision,
+        settings=args,
+        max_body_bytes=args.max_body_bytes,
+        app=gram_app(service, args),
+        health=service.health,
+    )
 
 
 def build_app(args: Args) -> Application:
     """The Serve application; `eagleray.serve.gram:build_app` is the import path for `serve deploy`."""
-    return GramDeployment.options(
-        ray_actor_options=args.actor_options(),
-        graceful_shutdown_timeout_s=args.timeout_s + 10,
-    ).bind(args)
+    return model_application(start, args, kind="gram", max_ongoing_requests=MAX_ONGOING_REQUESTS)
 
 
 def load_model(args: Args, *, device: str) -> LoadedModel:
     """Load what `args` name: a discriminative reward model if the folder has the settings of one, else a judge."""
     folder = model_folder(args.model)
+    name, revision = args.name or folder.name, model_revision(folder, args.dtype)
     if (folder / REWARD_SETTINGS).is_file():
         if args.dtype != "saved":
             raise ValueError(f"`dtype` is {args.dtype!r}; a discriminative reward model takes 'saved' only.")
         scorer = DiscriminativeScorer.from_pretrained(folder, max_batch_tokens=args.max_batch_tokens)
-        compare, costs = scorer.compare, partial(_scorer_costs, scorer)
-    else:
-        judge = Judge.from_pretrained(
-            folder, device=device, dtype=_DTYPES.get(args.dtype), max_batch_tokens=args.max_batch_tokens
-        )
-        compare, costs = judge.compare, partial(_judge_costs, judge)
-    return LoadedModel(compare, costs, args.name or folder.name, model_revision(folder, args.dtype))
+        costs = partial(_scorer_costs, scorer)
+        return LoadedModel(scorer.compare, costs, name, revision, scorer=scorer)
+    judge = Judge.from_pretrained(
+        folder, device=device, dtype=_DTYPES.get(args.dtype), max_batch_tokens=args.max_batch_tokens
+    )
+    return LoadedModel(judge.compare, partial(_judge_costs, judge), name, revision, encoder=judge.encoder)
 
 
 def _judge_costs(judge: Judge, pairs: Sequence[Pair]) -> list[int | None]:

@@ -31,6 +31,9 @@ _LONGEST_NAME = 40
 ERROR_RESPONSES: dict[int | str, dict[str, Any]] = {
     status: {"model": ErrorResponse, "description": text}
     for status, text in {
+        400: "The body cannot be decoded.",
+        401: "The server needs an API key, and the request has none or another.",
+        404: "There is no such model here.",
         413: "The body is larger than the server takes.",
         422: "The request is not valid; `problems` names each field.",
         429: "The queue is full; retry after the seconds in `Retry-After`.",
@@ -66,6 +69,19 @@ def invalid(field: str, problem: str) -> RequestError:
     return RequestError(422, "invalid_request", _summary(problems), problems=problems)
 
 
+def unknown_model(names: str) -> RequestError:
+    """404 for a name that none of `names` is."""
+    return RequestError(
+        404, "model_not_found", f"There is no such model here; /v1/models lists for this endpoint: {names}."
+    )
+
+
+def check_model(asked: str | None, name: str) -> None:
+    """Refuse a request that is for another model than the one at hand."""
+    if asked is not None and asked != name:
+        raise unknown_model(name)
+
+
 def new_app(
     *,
     title: str,
@@ -77,11 +93,16 @@ def new_app(
     """A FastAPI application with the uniform errors and limits; the caller adds its routes."""
     app = FastAPI(title=title, description=description, version=eagleray.__version__, lifespan=lifespan)
     app.add_middleware(_Limits, max_body_bytes=max_body_bytes, timeout_s=timeout_s)
+    add_error_handlers(app)
+    return app
+
+
+def add_error_handlers(app: FastAPI) -> None:
+    """Give an application the uniform errors."""
     app.add_exception_handler(RequestValidationError, _on_invalid)
     app.add_exception_handler(StarletteHTTPException, _on_http_error)
     app.add_exception_handler(QueueFull, _on_queue_full)
     app.add_exception_handler(BatcherClosed, _on_closed)
-    return app
 
 
 def error_response(
@@ -117,13 +138,10 @@ class _Limits:
         limit = asyncio.timeout(self._timeout_s)
         try:
             async with limit:
-                await self._app(scope, self._limited(scope, receive), noted_send)
+                await self._app(scope, limited_receive(scope, receive, self._max_body_bytes), noted_send)
         except Exception as error:  # noqa: BLE001 - whatever it is, the client gets an answer
             if limit.expired():
-                text = (
-                    f"The request was not answered within {self._timeout_s:g} s. Retry later, or send less."
-                )
-                response = error_response(504, "timeout", text)
+                response = timed_out(self._timeout_s)
             else:
                 logger.error("%s %s failed: %s", scope["method"], scope["path"], _where(error))
                 response = error_response(
@@ -132,33 +150,40 @@ class _Limits:
             if not started:
                 await response(scope, receive, send)
 
-    def _limited(self, scope: Scope, receive: Receive) -> Receive:
-        """`receive` that fails above the limit: at once if the size is declared, else while the body arrives.
 
-        It raises an HTTP exception because FastAPI turns any other error while reading a body into a 400. FastAPI's
-        own `max_body_size` answers with plain text instead of the uniform body.
-        """
-        header = dict(scope["headers"]).get(b"content-length", b"")
-        declared = int(header) if header.isdigit() else 0
-        received = 0
-        too_large = RequestError(
-            413,
-            "body_too_large",
-            f"The body is larger than {self._max_body_bytes} bytes, the most this server takes. Send shorter or "
-            f"fewer texts.",
-        )
+def timed_out(seconds: float) -> JSONResponse:
+    """504."""
+    return error_response(
+        504, "timeout", f"The request was not answered within {seconds:g} s. Retry later, or send less."
+    )
 
-        async def limited() -> Message:
-            nonlocal received
-            if declared > self._max_body_bytes:
-                raise too_large
-            message = await receive()
-            received += len(message.get("body", b""))
-            if received > self._max_body_bytes:
-                raise too_large
-            return message
 
-        return limited
+def limited_receive(scope: Scope, receive: Receive, max_body_bytes: int) -> Receive:
+    """`receive` that fails above the limit: at once if the size is declared, else while the body arrives.
+
+    It raises an HTTP exception because FastAPI turns any other error while reading a body into a 400. FastAPI's
+    own `max_body_size` answers with plain text instead of the uniform body.
+    """
+    header = dict(scope["headers"]).get(b"content-length", b"")
+    declared = int(header) if header.isdigit() else 0
+    received = 0
+    too_large = RequestError(
+        413,
+        "body_too_large",
+        f"The body is larger than {max_body_bytes} bytes, the most this server takes. Send shorter or fewer texts.",
+    )
+
+    async def limited() -> Message:
+        nonlocal received
+        if declared > max_body_bytes:
+            raise too_large
+        message = await receive()
+        received += len(message.get("body", b""))
+        if received > max_body_bytes:
+            raise too_large
+        return message
+
+    return limited
 
 
 async def _on_invalid(request: Request, error: Exception) -> JSONResponse:

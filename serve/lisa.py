@@ -1,10 +1,10 @@
 """A language model, with or without shared attention scores, in the shapes of OpenAI's API.
 
-`/v1/models`, `/v1/completions`, `/v1/chat/completions` (both streaming on request) and `/healthz`, for the `openai`
+`/v1/completions`, `/v1/chat/completions` (both streaming on request) and `/healthz`, for the `openai`
 client and whatever else speaks to it. Requests are decoded together with continuous batching (`DecodingLoop`): they join
 between two steps and leave when they end, and none changes the text of another.
 
-`serve deploy serve/lisa.yaml` or `eagleray serve lisa=MODEL` start it.
+`eagleray serve lisa=MODEL` starts it.
 """
 
 # No postponed annotations here: Ray Serve looks at the annotation of `build_app` itself to learn the type of its
@@ -19,13 +19,11 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
 
-import ray
 import torch
 from fastapi import FastAPI
 from fastapi.responses import StreamingResponse
 from jinja2 import TemplateError
 from pydantic import BaseModel, Field
-from ray import serve
 from ray.serve import Application
 from starlette.responses import Response
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -36,7 +34,8 @@ from eagleray.models.backbone.streaming import TextStream
 from eagleray.platform.serving import ServedModel, model_folder, model_revision
 from eagleray.serve.batching import BatcherClosed
 from eagleray.serve.decoding import DecodingLoop, Progress
-from eagleray.serve.http_app import ERROR_RESPONSES, RequestError, error_response, invalid, new_app
+from eagleray.serve.http_app import ERROR_RESPONSES, check_model, error_response, invalid, new_app
+from eagleray.serve.metrics import tokens_generated
 from eagleray.serve.openai import (
     AssistantMessage,
     ChatChoice,
@@ -48,11 +47,10 @@ from eagleray.serve.openai import (
     CompletionChoice,
     CompletionRequest,
     Delta,
-    ModelCard,
-    ModelList,
     Usage,
 )
 from eagleray.serve.protocol import TextHealthResponse
+from eagleray.serve.replica import STREAMED, Served, model_application
 
 MAX_ONGOING_REQUESTS = 256
 """Requests that one replica works on at a time. The bound that clients meet first is `max_pending`."""
@@ -132,11 +130,6 @@ class LisaService:
             max_batch_tokens=args.max_batch_tokens,
             max_pending=args.max_pending,
         )
-        self._started = int(time.time())
-
-    def models(self) -> ModelList:
-        """The one model."""
-        return ModelList(data=[ModelCard(id=self.model.name, created=self._started)])
 
     def health(self) -> TextHealthResponse:
         """That requests are answered; BatcherClosed if they are not."""
@@ -148,7 +141,7 @@ class LisaService:
 
     def text_prompts(self, request: CompletionRequest) -> list[list[int]]:
         """Token ids of the texts to continue."""
-        self._check_name(request.model)
+        check_model(request.model, self.model.name)
         texts = [request.prompt] if isinstance(request.prompt, str) else request.prompt
         prompts = [self.model.tokenizer(text)["input_ids"] for text in texts]
         beginning = self.model.tokenizer.bos_token_id
@@ -156,7 +149,7 @@ class LisaService:
 
     def chat_prompt(self, request: ChatRequest) -> list[list[int]]:
         """Token ids of a conversation, up to where the answer begins."""
-        self._check_name(request.model)
+        check_model(request.model, self.model.name)
         tokenizer = self.model.tokenizer
         if tokenizer.chat_template is None:
             raise invalid("messages", "can't be used: this model has no chat template; use /v1/completions")
@@ -189,16 +182,13 @@ class LisaService:
             for index in range(request.n)
         ]
         async with self.loop.decoding(continuations) as handed_in:
-            yield [
-                _Row(index, progress, TextStream(self.model.tokenizer, stop=request.stops))
-                for index, progress in enumerate(handed_in)
-            ]
-
-    def _check_name(self, name: str) -> None:
-        if name != self.model.name:
-            raise RequestError(
-                404, "model_not_found", f"There is no such model here; /v1/models lists: {self.model.name}."
-            )
+            try:
+                yield [
+                    _Row(index, progress, TextStream(self.model.tokenizer, stop=request.stops))
+                    for index, progress in enumerate(handed_in)
+                ]
+            finally:
+                tokens_generated(sum(len(one.tokens) for one in continuations))
 
     def _new_tokens(self, prompt: int, asked: int | None) -> int:
         if prompt == 0:
@@ -274,12 +264,12 @@ def lisa_app(service: LisaService, args: Args) -> FastAPI:
         lifespan=lifespan,
     )
 
-    @app.get("/v1/models", summary="The model that is served")
-    async def models() -> ModelList:
-        return service.models()
-
     @app.post(
-        "/v1/completions", response_model=Completion, responses=ERROR_RESPONSES, summary="Continue a text"
+        "/v1/completions",
+        response_model=Completion,
+        responses=ERROR_RESPONSES,
+        openapi_extra=STREAMED,
+        summary="Continue a text",
     )
     async def completions(request: CompletionRequest) -> Any:
         prompts = service.text_prompts(request)
@@ -304,6 +294,7 @@ def lisa_app(service: LisaService, args: Args) -> FastAPI:
         "/v1/chat/completions",
         response_model=ChatCompletion,
         responses=ERROR_RESPONSES,
+        openapi_extra=STREAMED,
         summary="Answer a conversation",
     )
     async def chat_completions(request: ChatRequest) -> Any:
@@ -380,38 +371,24 @@ def _event(value: BaseModel) -> str:
     return f"data: {value.model_dump_json()}\n\n"
 
 
-@serve.deployment(
-    name="lisa",
-    max_ongoing_requests=MAX_ONGOING_REQUESTS,
-    max_queued_requests=MAX_ONGOING_REQUESTS,
-    backpressure_config={"status_code": 429, "retry_after_s": 1},
-    max_constructor_retry_count=2,
-)
-@serve.ingress()
-class LisaDeployment:
-    """One replica: a model, its decoding loop and the endpoints."""
-
-    def __init__(self, args: Args):
-        on_gpu = bool(ray.get_runtime_context().get_accelerator_ids().get("GPU"))
-        if not on_gpu:
-            torch.set_num_threads(max(1, int(args.cpus)))
-        self._args = args
-        self._service = LisaService(load_model(args, device="cuda" if on_gpu else "cpu"), args)
-
-    def __serve_build_asgi_app__(self) -> FastAPI:
-        return lisa_app(self._service, self._args)
-
-    def check_health(self) -> None:
-        """Called by Serve; a replica that fails is replaced."""
-        self._service.health()
+def start(args: Args, /, *, device: str) -> Served:
+    """Load the model and put its endpoints around it."""
+    model = load_model(args, device=device)
+    service = LisaService(model, args)
+    return Served(
+        kind="lisa",
+        name=model.name,
+        revision=model.revision,
+        settings=args,
+        max_body_bytes=args.max_body_bytes,
+        app=lisa_app(service, args),
+        health=service.health,
+    )
 
 
 def build_app(args: Args) -> Application:
     """The Serve application; `eagleray.serve.lisa:build_app` is the import path for `serve deploy`."""
-    return LisaDeployment.options(
-        ray_actor_options=args.actor_options(),
-        graceful_shutdown_timeout_s=args.timeout_s + 10,
-    ).bind(args)
+    return model_application(start, args, kind="lisa", max_ongoing_requests=MAX_ONGOING_REQUESTS)
 
 
 def load_model(args: Args, *, device: str) -> LoadedModel:

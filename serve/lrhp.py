@@ -4,7 +4,7 @@ Pairs of all requests share batches by their tokens, and within a batch those of
 are those of `Representer.represent`, which the offline jobs call too. `/margin` needs a predictor that was fitted on
 representations of the very model that is served.
 
-`serve deploy serve/lrhp.yaml` or `eagleray serve lrhp=MODEL lrhp.predictor=PREDICTOR` start it.
+`eagleray serve lrhp=MODEL lrhp.predictor=PREDICTOR` starts it.
 """
 
 # No postponed annotations here: Ray Serve looks at the annotation of `build_app` itself to learn the type of its
@@ -18,11 +18,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import ray
 import torch
 from fastapi import FastAPI
 from pydantic import Field, field_validator
-from ray import serve
 from ray.serve import Application
 
 from eagleray.models.gram.judge import Pair
@@ -31,7 +29,7 @@ from eagleray.models.lrhp.representer import Order, Representation, Representer
 from eagleray.models.selection.store import model_hash
 from eagleray.platform.serving import ServedModel, model_folder
 from eagleray.serve.batching import Batcher, BatcherClosed
-from eagleray.serve.http_app import ERROR_RESPONSES, RequestError, new_app
+from eagleray.serve.http_app import ERROR_RESPONSES, RequestError, check_model, new_app
 from eagleray.serve.protocol import (
     ErrorResponse,
     MarginRequest,
@@ -41,12 +39,18 @@ from eagleray.serve.protocol import (
     RepresentResponse,
     prompt_text,
 )
+from eagleray.serve.replica import Served, model_application
 
 MAX_ONGOING_REQUESTS = 256
 """Requests that one replica works on at a time."""
 
 _DTYPES = {"saved": None, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-_NO_PREDICTOR = {404: {"model": ErrorResponse, "description": "This server has no margin predictor."}}
+_NO_PREDICTOR = {
+    404: {
+        "model": ErrorResponse,
+        "description": "There is no such model here, or it has no margin predictor.",
+    }
+}
 
 Item = tuple[Pair, Order]
 
@@ -114,6 +118,7 @@ class LrhpService:
 
     async def represent(self, request: RepresentRequest) -> RepresentResponse:
         """Represent one pair."""
+        check_model(request.model, self._model.name)
         found = await self._compute(request, request.order)
         return RepresentResponse(
             h=found.h_D.tolist(),
@@ -126,6 +131,7 @@ class LrhpService:
 
     async def margin(self, request: MarginRequest) -> MarginResponse:
         """Predict the margin of one pair."""
+        check_model(request.model, self._model.name)
         predictor = self._model.predictor
         if predictor is None:
             message = (
@@ -192,38 +198,24 @@ def lrhp_app(service: LrhpService, args: Args) -> FastAPI:
     return app
 
 
-@serve.deployment(
-    name="lrhp",
-    max_ongoing_requests=MAX_ONGOING_REQUESTS,
-    max_queued_requests=MAX_ONGOING_REQUESTS,
-    backpressure_config={"status_code": 429, "retry_after_s": 1},
-    max_constructor_retry_count=2,
-)
-@serve.ingress()
-class LrhpDeployment:
-    """One replica: a model, its batcher and the endpoints."""
-
-    def __init__(self, args: Args):
-        on_gpu = bool(ray.get_runtime_context().get_accelerator_ids().get("GPU"))
-        if not on_gpu:
-            torch.set_num_threads(max(1, int(args.cpus)))
-        self._args = args
-        self._service = LrhpService(load_model(args, device="cuda" if on_gpu else "cpu"), args)
-
-    def __serve_build_asgi_app__(self) -> FastAPI:
-        return lrhp_app(self._service, self._args)
-
-    def check_health(self) -> None:
-        """Called by Serve; a replica that fails is replaced."""
-        self._service.health()
+def start(args: Args, /, *, device: str) -> Served:
+    """Load the model and put its endpoints around it."""
+    model = load_model(args, device=device)
+    service = LrhpService(model, args)
+    return Served(
+        kind="lrhp",
+        name=model.name,
+        revision=model.revision,
+        settings=args,
+        max_body_bytes=args.max_body_bytes,
+        app=lrhp_app(service, args),
+        health=service.health,
+    )
 
 
 def build_app(args: Args) -> Application:
     """The Serve application; `eagleray.serve.lrhp:build_app` is the import path for `serve deploy`."""
-    return LrhpDeployment.options(
-        ray_actor_options=args.actor_options(),
-        graceful_shutdown_timeout_s=args.timeout_s + 10,
-    ).bind(args)
+    return model_application(start, args, kind="lrhp", max_ongoing_requests=MAX_ONGOING_REQUESTS)
 
 
 def load_model(args: Args, *, device: str) -> LoadedModel:

@@ -1,11 +1,11 @@
-"""A CTC-NAST model behind HTTP: `POST /translate` with an audio file as the body, and `/healthz`.
+"""A CTC-NAST model behind HTTP: `POST /translate` with an audio file as the body, and OpenAI's `/v1/audio/translations`.
 
 The body is the file itself (wav, flac, ogg or mp3; any rate, any number of channels), so `curl --data-binary @a.wav` is a
 client. Limits are checked against the header before anything is decoded. A long recording is cut at its silences,
 and the pieces of all requests share batches by their frames. The texts are those of `Translator.translate`, which the
 offline jobs call too.
 
-`serve deploy serve/nast.yaml` or `eagleray serve nast=MODEL` start it.
+`eagleray serve nast=MODEL` starts it.
 """
 
 # No postponed annotations here: Ray Serve looks at the annotation of `build_app` itself to learn the type of its
@@ -17,11 +17,9 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-import ray
-import torch
 from fastapi import FastAPI, Request
+from fastapi.responses import PlainTextResponse
 from pydantic import Field
-from ray import serve
 from ray.serve import Application
 from torch import Tensor
 
@@ -31,8 +29,11 @@ from eagleray.models.nast.segmentation import split_at_silence
 from eagleray.models.nast.translator import Translation, Translator
 from eagleray.platform.serving import ServedModel, model_folder, model_revision
 from eagleray.serve.batching import Batcher, BatcherClosed
-from eagleray.serve.http_app import ERROR_RESPONSES, invalid, new_app
+from eagleray.serve.http_app import ERROR_RESPONSES, check_model, invalid, new_app
+from eagleray.serve.multipart import MultipartError, parse_multipart
 from eagleray.serve.protocol import Piece, SpeechHealthResponse, TranslateResponse
+from eagleray.serve.replica import Served, model_application
+from eagleray.serve.subtitles import FORMATS, AudioTranslation, as_json, srt, vtt
 
 MAX_ONGOING_REQUESTS = 64
 """Requests that one replica works on at a time; each may hold a decoded recording."""
@@ -42,6 +43,27 @@ _AUDIO_BODY: dict[str, Any] = {
         "required": True,
         "content": {"audio/*": {"schema": {"type": "string", "format": "binary"}}},
     }
+}
+_FORM: dict[str, Any] = {
+    "requestBody": {
+        "required": True,
+        "content": {
+            "multipart/form-data": {
+                "schema": {
+                    "type": "object",
+                    "required": ["file"],
+                    "properties": {
+                        "file": {"type": "string", "format": "binary"},
+                        "model": {"type": "string"},
+                        "response_format": {"enum": list(FORMATS), "default": "json"},
+                    },
+                }
+            }
+        },
+    }
+}
+_TEXT_ANSWERS: dict[int | str, dict[str, Any]] = {
+    200: {"content": {kind: {"schema": {"type": "string"}} for kind in ("text/plain", "text/vtt")}}
 }
 
 
@@ -83,7 +105,7 @@ class NastService:
     """The work behind the endpoints, without HTTP: decoding, cutting, batching, joining."""
 
     def __init__(self, model: LoadedModel, args: Args):
-        self._model, self._args = model, args
+        self.model, self._args = model, args
         self.batcher = Batcher[Tensor, Translation](
             model.speech.translate,
             max_batch_cost=args.max_batch_frames,
@@ -91,13 +113,13 @@ class NastService:
             max_pending=args.max_pending,
         )
 
-    async def translate(self, body: bytes) -> TranslateResponse:
-        """Translate the content of an audio file."""
+    async def translate(self, body: bytes, *, field: str = "body") -> TranslateResponse:
+        """Translate the content of an audio file, which came in `field` of the request."""
         # In a thread: decoding, resampling and features of ten minutes take seconds.
         try:
             spans, features = await asyncio.to_thread(self._pieces, body)
         except SpeechDataError as error:
-            raise invalid("body", _problem(error)) from None
+            raise invalid(field, _problem(error)) from None
         with self.batcher.admit(len(features)):
             results = await self.batcher.run(features, costs=[max(1, len(f)) for f in features])
         pieces = [
@@ -109,8 +131,8 @@ class NastService:
             transcript=" ".join(piece.transcript for piece in pieces if piece.transcript),
             seconds=spans[-1][1] / SAMPLE_RATE,
             pieces=pieces,
-            model=self._model.name,
-            revision=self._model.revision,
+            model=self.model.name,
+            revision=self.model.revision,
         )
 
     def health(self) -> SpeechHealthResponse:
@@ -118,7 +140,7 @@ class NastService:
         if not self.batcher.alive:
             raise BatcherClosed("the batcher is not running")
         return SpeechHealthResponse(
-            pending_pieces=self.batcher.pending, model=self._model.name, revision=self._model.revision
+            pending_pieces=self.batcher.pending, model=self.model.name, revision=self.model.revision
         )
 
     def _pieces(self, body: bytes) -> tuple[list[tuple[int, int]], list[Tensor]]:
@@ -130,7 +152,7 @@ class NastService:
             raise SpeechDataError("audio", "the audio is too long", detail)
         waveform_N = read_audio(body, max_seconds=limit)
         spans = split_at_silence(waveform_N, sample_rate=SAMPLE_RATE, max_seconds=self._args.piece_seconds)
-        return spans, [self._model.speech.features(waveform_N[start:end]) for start, end in spans]
+        return spans, [self.model.speech.features(waveform_N[start:end]) for start, end in spans]
 
 
 def nast_app(service: NastService, args: Args) -> FastAPI:
@@ -159,6 +181,28 @@ def nast_app(service: NastService, args: Args) -> FastAPI:
     async def translate(request: Request) -> TranslateResponse:
         return await service.translate(await request.body())
 
+    @app.post(
+        "/v1/audio/translations",
+        responses=ERROR_RESPONSES | _TEXT_ANSWERS,
+        response_model=AudioTranslation,
+        response_model_exclude_none=True,
+        openapi_extra=_FORM,
+        summary="Translate the audio file of a form, in OpenAI's shape",
+    )
+    async def audio_translations(request: Request) -> Any:
+        form = _read_form(request.headers.get("content-type", ""), await request.body())
+        check_model(form.model, service.model.name)
+        found = await service.translate(form.file, field="file")
+        match form.response_format:
+            case "text":
+                return PlainTextResponse(found.text + "\n")
+            case "srt":
+                return PlainTextResponse(srt(found.pieces))
+            case "vtt":
+                return PlainTextResponse(vtt(found.pieces), media_type="text/vtt")
+            case shape:
+                return as_json(found, verbose=shape == "verbose_json")
+
     @app.get("/healthz", responses={503: ERROR_RESPONSES[503]}, summary="Whether the model takes requests")
     async def healthz() -> SpeechHealthResponse:
         return service.health()
@@ -166,38 +210,24 @@ def nast_app(service: NastService, args: Args) -> FastAPI:
     return app
 
 
-@serve.deployment(
-    name="nast",
-    max_ongoing_requests=MAX_ONGOING_REQUESTS,
-    max_queued_requests=MAX_ONGOING_REQUESTS,
-    backpressure_config={"status_code": 429, "retry_after_s": 1},
-    max_constructor_retry_count=2,
-)
-@serve.ingress()
-class NastDeployment:
-    """One replica: a model, its batcher and the endpoints."""
-
-    def __init__(self, args: Args):
-        on_gpu = bool(ray.get_runtime_context().get_accelerator_ids().get("GPU"))
-        if not on_gpu:
-            torch.set_num_threads(max(1, int(args.cpus)))
-        self._args = args
-        self._service = NastService(load_model(args, device="cuda" if on_gpu else "cpu"), args)
-
-    def __serve_build_asgi_app__(self) -> FastAPI:
-        return nast_app(self._service, self._args)
-
-    def check_health(self) -> None:
-        """Called by Serve; a replica that fails is replaced."""
-        self._service.health()
+def start(args: Args, /, *, device: str) -> Served:
+    """Load the model and put its endpoints around it."""
+    model = load_model(args, device=device)
+    service = NastService(model, args)
+    return Served(
+        kind="nast",
+        name=model.name,
+        revision=model.revision,
+        settings=args,
+        max_body_bytes=args.max_body_bytes,
+        app=nast_app(service, args),
+        health=service.health,
+    )
 
 
 def build_app(args: Args) -> Application:
     """The Serve application; `eagleray.serve.nast:build_app` is the import path for `serve deploy`."""
-    return NastDeployment.options(
-        ray_actor_options=args.actor_options(),
-        graceful_shutdown_timeout_s=args.timeout_s + 10,
-    ).bind(args)
+    return model_application(start, args, kind="nast", max_ongoing_requests=MAX_ONGOING_REQUESTS)
 
 
 def load_model(args: Args, *, device: str) -> LoadedModel:
@@ -205,6 +235,40 @@ def load_model(args: Args, *, device: str) -> LoadedModel:
     folder = model_folder(args.model)
     translator = Translator.from_pretrained(folder, device=device, max_batch_frames=args.max_batch_frames)
     return LoadedModel(translator, args.name or folder.name, model_revision(folder))
+
+
+@dataclass(frozen=True)
+class _Form:
+    file: bytes
+    model: str | None
+    response_format: str
+
+
+def _read_form(content_type: str, body: bytes) -> _Form:
+    """The file and the settings of a form, or what is wrong with it."""
+    try:
+        parts = parse_multipart(content_type, body)
+    except MultipartError as error:
+        raise invalid("body", f"is not a form: {error}") from None
+    values: dict[str, bytes] = {}
+    for part in parts:
+        if part.name not in ("file", "model", "response_format", "temperature", "prompt"):
+            raise invalid(part.name[:40], "is not a known field; remove it (the fields are listed at /docs)")
+        if part.name in values:
+            raise invalid(part.name, "is given more than once")
+        values[part.name] = part.content
+    texts = {
+        name: value.decode("utf-8", "replace").strip() for name, value in values.items() if name != "file"
+    }
+    if "file" not in values:
+        raise invalid("file", "is required")
+    if texts.get("prompt"):
+        raise invalid("prompt", "is not supported; leave it away")
+    if texts.get("temperature", "0") not in ("", "0", "0.0"):
+        raise invalid("temperature", "must be 0; the likeliest translation is given")
+    if (shape := texts.get("response_format", "json")) not in FORMATS:
+        raise invalid("response_format", f"must be one of {', '.join(FORMATS)}")
+    return _Form(values["file"], texts.get("model"), shape)
 
 
 def _problem(error: SpeechDataError) -> str:

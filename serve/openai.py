@@ -26,7 +26,9 @@ class StreamOptions(_Request):
     """Send a last piece with the token counts."""
 
 
-class _Generation(_Request):
+class Generation(_Request):
+    """What requests for text have in common."""
+
     model: str
     """Name of the model, as `/v1/models` gives it."""
     temperature: float = Field(default=1.0, ge=0, le=2)
@@ -61,7 +63,7 @@ class _Generation(_Request):
         return [self.stop] if isinstance(self.stop, str) else list(self.stop or [])
 
 
-class CompletionRequest(_Generation):
+class CompletionRequest(Generation):
     """A text to continue."""
 
     model_config = ConfigDict(
@@ -97,7 +99,7 @@ class ChatMessage(_Request):
         return {"role": "system" if self.role == "developer" else self.role, "content": text}
 
 
-class ChatRequest(_Generation):
+class ChatRequest(Generation):
     """A conversation to answer."""
 
     model_config = ConfigDict(
@@ -135,13 +137,42 @@ class Usage(BaseModel):
     total_tokens: int
 
 
+class TopLogprob(BaseModel):
+    """A token that could stand at a place."""
+
+    token: str
+    logprob: float
+    bytes: list[int]
+
+
+class TokenLogprob(TopLogprob):
+    """The token that stands there, and the others."""
+
+    top_logprobs: list[TopLogprob]
+
+
+class ChatLogprobs(BaseModel):
+    """Log probabilities of an answer's tokens."""
+
+    content: list[TokenLogprob]
+
+
+class TextLogprobs(BaseModel):
+    """Log probabilities of a continuation's tokens."""
+
+    tokens: list[str]
+    token_logprobs: list[float]
+    top_logprobs: list[dict[str, float]]
+    text_offset: list[int]
+
+
 class CompletionChoice(BaseModel):
     """A continuation, or a piece of one."""
 
     index: int
     text: str
     finish_reason: FinishReason | None
-    logprobs: None = None
+    logprobs: TextLogprobs | None = None
 
 
 class Completion(_Answer):
@@ -165,7 +196,7 @@ class ChatChoice(BaseModel):
     index: int
     message: AssistantMessage
     finish_reason: FinishReason | None
-    logprobs: None = None
+    logprobs: ChatLogprobs | None = None
 
 
 class ChatCompletion(_Answer):
@@ -203,10 +234,18 @@ class ChatCompletionChunk(_Answer):
 class ModelCard(BaseModel):
     """A model that is served."""
 
+    model_config = ConfigDict(use_attribute_docstrings=True)
+
     id: str
     object: Literal["model"] = "model"
     created: int
     owned_by: Literal["eagleray"] = "eagleray"
+    kind: str
+    """Kind of model: gram, lisa, lrhp, nast or rovrm."""
+    revision: str
+    """Changes with the weights."""
+    endpoints: list[str]
+    """Paths that this model serves."""
 
 
 class ModelList(BaseModel):

@@ -59,7 +59,12 @@ def prompt_text(prompt: str | list[Message]) -> str:
 RankMethod = Literal["reference", "linear", "bracket", "round_robin"]
 
 
-class CompareRequest(_Strict):
+class _ForModel(_Strict):
+    model: str | None = None
+    """Which model is asked; needed only if several serve this endpoint (`/v1/models` lists them)."""
+
+
+class CompareRequest(_ForModel):
     """Two answers to one prompt."""
 
     model_config = _example(
@@ -74,7 +79,7 @@ class CompareRequest(_Strict):
     """The second answer."""
 
 
-class RankRequest(_Strict):
+class RankRequest(_ForModel):
     """Several answers to one prompt."""
 
     model_config = _example(
@@ -92,7 +97,7 @@ class RankRequest(_Strict):
     """The answer to measure against; goes with method `reference` only."""
 
 
-class RewardRequest(_Strict):
+class RewardRequest(_ForModel):
     """One answer, measured against another."""
 
     model_config = _example(
@@ -158,7 +163,7 @@ class RewardResponse(_FromModel):
     """Whether both orders prefer the same answer."""
 
 
-class ScoreRequest(_Strict):
+class ScoreRequest(_ForModel):
     """Answers to one prompt, about a picture or without one."""
 
     model_config = _example(
@@ -256,7 +261,7 @@ _PAIR_EXAMPLE = {
 }
 
 
-class MarginRequest(_Strict):
+class MarginRequest(_ForModel):
     """A preference pair."""
 
     model_config = _example(_PAIR_EXAMPLE)
@@ -308,6 +313,24 @@ class PairHealthResponse(_FromModel):
     """Pairs admitted by this replica and not finished."""
     margins: bool
     """Whether `/margin` is served."""
+
+
+class ModelHealth(BaseModel):
+    """One model of the gateway: its name, kind and revision, and how many of its items are pending."""
+
+    model_config = ConfigDict(extra="allow")
+
+    model: str
+    kind: str
+    revision: str
+    status: Literal["ready"]
+
+
+class GatewayHealthResponse(_Strict):
+    """Every model is loaded and takes requests."""
+
+    status: Literal["ready"] = "ready"
+    models: list[ModelHealth]
 
 
 class Problem(_Strict):

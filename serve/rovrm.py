@@ -4,7 +4,7 @@ The picture comes in the request: as a file of a form, or in JSON as base64 or a
 named by a client, and no address is fetched. Limits are checked against the picture's header before anything is decoded.
 The scores are those of `VisualScorer`, which the offline jobs use too; answers of all requests share batches.
 
-`serve deploy serve/rovrm.yaml` or `eagleray serve rovrm=MODEL` start it.
+`eagleray serve rovrm=MODEL` starts it.
 """
 
 # No postponed annotations here: Ray Serve looks at the annotation of `build_app` itself to learn the type of its
@@ -14,17 +14,14 @@ import asyncio
 import base64
 import binascii
 import re
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
 
-import ray
-import torch
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from pydantic import Field, ValidationError
-from ray import serve
 from ray.serve import Application
 
 from eagleray.models.rovrm.best_of_n import best_of
@@ -32,9 +29,11 @@ from eagleray.models.rovrm.images import ImageError, ImageLimits, decode_image
 from eagleray.models.rovrm.scoring import Prepared, TooLongError, VisualScorer
 from eagleray.platform.serving import ServedModel, model_folder, model_revision
 from eagleray.serve.batching import Batcher, BatcherClosed
-from eagleray.serve.http_app import ERROR_RESPONSES, invalid, new_app
+from eagleray.serve.http_app import ERROR_RESPONSES, check_model, invalid, new_app
 from eagleray.serve.multipart import MultipartError, parse_multipart
 from eagleray.serve.protocol import ScoreHealthResponse, ScoreRequest, ScoreResponse
+from eagleray.serve.replica import Served, model_application
+from eagleray.serve.rewards import Group, Scores, add_reward_routes
 
 MAX_ONGOING_REQUESTS = 64
 """Requests that one replica works on at a time; each may hold a decoded picture."""
@@ -45,6 +44,7 @@ _FORM: dict[str, Any] = {
     "type": "object",
     "required": ["prompt", "responses"],
     "properties": {
+        "model": {"type": "string"},
         "prompt": {"type": "string"},
         "responses": {"type": "array", "items": {"type": "string"}},
         "image": {"type": "string", "format": "binary"},
@@ -91,7 +91,7 @@ class RovrmService:
     """The work behind the endpoints, without HTTP: checks, decoding, batching."""
 
     def __init__(self, model: LoadedModel, args: Args):
-        self._model, self._args = model, args
+        self.model, self._args = model, args
         self.batcher = Batcher[Prepared, float](
             model.scorer.rewards,
             max_batch_cost=args.max_batch_tokens,
@@ -101,6 +101,7 @@ class RovrmService:
 
     async def score(self, request: ScoreRequest, image: bytes | None) -> ScoreResponse:
         """Score the answers of one request; `image` is the content of a picture's file."""
+        check_model(request.model, self.model.name)
         most = min(self._args.max_responses, self._args.max_pending)
         if len(request.responses) > most:
             raise invalid("responses", f"has {len(request.responses)} items; at most {most} are allowed")
@@ -112,27 +113,50 @@ class RovrmService:
             scores=scores,
             best=best_of(scores),
             image_size=size,
-            model=self._model.name,
-            revision=self._model.revision,
+            model=self.model.name,
+            revision=self.model.revision,
         )
+
+    async def score_groups(self, groups: Sequence[Group]) -> Scores:
+        """Answers without a picture, for the shapes of other programs."""
+        if any(group.reference is not None for group in groups):
+            raise invalid(
+                "body", "has a reference; this model rewards each answer by itself, so leave it away"
+            )
+        count = sum(len(group.answers) for group in groups)
+        most = min(self._args.max_responses, self._args.max_pending)
+        if count > most:
+            raise invalid("body", f"has {count} answers; at most {most} are allowed")
+        with self.batcher.admit(count):
+            prepared = await asyncio.to_thread(self._prepare_groups, groups)
+            items = [item for group in prepared for item in group]
+            costs = [len(item.ids) for item in items]
+            values = iter(await self.batcher.run(items, costs=costs))
+        return Scores([[next(values) for _ in group] for group in prepared], sum(costs))
 
     def health(self) -> ScoreHealthResponse:
         """That requests are answered; BatcherClosed if they are not."""
         if not self.batcher.alive:
             raise BatcherClosed("the batcher is not running")
         return ScoreHealthResponse(
-            pending_answers=self.batcher.pending, model=self._model.name, revision=self._model.revision
+            pending_answers=self.batcher.pending, model=self.model.name, revision=self.model.revision
         )
 
     def _prepare(self, request: ScoreRequest, image: bytes | None) -> tuple[list[int] | None, list[Prepared]]:
         try:
-            decoded = None if image is None else decode_image(image, self._model.scorer.limits)
-            items = self._model.scorer.prepare(request.prompt, request.responses, decoded)
+            decoded = None if image is None else decode_image(image, self.model.scorer.limits)
+            items = self.model.scorer.prepare(request.prompt, request.responses, decoded)
         except ImageError as error:
             raise invalid("image", f"cannot be used: {error}") from None
         except TooLongError as error:
             raise invalid("responses", f"do not fit: {error}; shorten the prompt or the answer") from None
         return None if decoded is None else [*decoded.size], items
+
+    def _prepare_groups(self, groups: Sequence[Group]) -> list[list[Prepared]]:
+        try:
+            return [self.model.scorer.prepare(group.prompt, list(group.answers), None) for group in groups]
+        except TooLongError as error:
+            raise invalid("body", f"does not fit: {error}; shorten the prompt or the answer") from None
 
 
 def rovrm_app(service: RovrmService, args: Args) -> FastAPI:
@@ -162,6 +186,8 @@ def rovrm_app(service: RovrmService, args: Args) -> FastAPI:
         return await service.score(
             *read_request(request.headers.get("content-type", ""), await request.body())
         )
+
+    add_reward_routes(app, service.score_groups, name=service.model.name)
 
     @app.get("/healthz", responses={503: ERROR_RESPONSES[503]}, summary="Whether the model takes requests")
     async def healthz() -> ScoreHealthResponse:
@@ -238,38 +264,24 @@ def _from_text(image: str) -> bytes:
         ) from None
 
 
-@serve.deployment(
-    name="rovrm",
-    max_ongoing_requests=MAX_ONGOING_REQUESTS,
-    max_queued_requests=MAX_ONGOING_REQUESTS,
-    backpressure_config={"status_code": 429, "retry_after_s": 1},
-    max_constructor_retry_count=2,
-)
-@serve.ingress()
-class RovrmDeployment:
-    """One replica: a model, its batcher and the endpoints."""
-
-    def __init__(self, args: Args):
-        on_gpu = bool(ray.get_runtime_context().get_accelerator_ids().get("GPU"))
-        if not on_gpu:
-            torch.set_num_threads(max(1, int(args.cpus)))
-        self._args = args
-        self._service = RovrmService(load_model(args, device="cuda" if on_gpu else "cpu"), args)
-
-    def __serve_build_asgi_app__(self) -> FastAPI:
-        return rovrm_app(self._service, self._args)
-
-    def check_health(self) -> None:
-        """Called by Serve; a replica that fails is replaced."""
-        self._service.health()
+def start(args: Args, /, *, device: str) -> Served:
+    """Load the model and put its endpoints around it."""
+    model = load_model(args, device=device)
+    service = RovrmService(model, args)
+    return Served(
+        kind="rovrm",
+        name=model.name,
+        revision=model.revision,
+        settings=args,
+        max_body_bytes=args.max_body_bytes,
+        app=rovrm_app(service, args),
+        health=service.health,
+    )
 
 
 def build_app(args: Args) -> Application:
     """The Serve application; `eagleray.serve.rovrm:build_app` is the import path for `serve deploy`."""
-    return RovrmDeployment.options(
-        ray_actor_options=args.actor_options(),
-        graceful_shutdown_timeout_s=args.timeout_s + 10,
-    ).bind(args)
+    return model_application(start, args, kind="rovrm", max_ongoing_requests=MAX_ONGOING_REQUESTS)
 
 
 def load_model(args: Args, *, device: str) -> LoadedModel:

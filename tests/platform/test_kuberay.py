@@ -176,7 +176,9 @@ def test_a_service_holds_a_serve_config_that_ray_accepts() -> None:
     settings = ["gram=runs/a/model", "gram.cpus=4", "kube.gpu=true", "kube.max_workers=3", *KUBE]
     [resource] = yaml.safe_load_all(serve.render(settings))
     found = _Service.model_validate(resource)
-    [application] = ServeDeploySchema.model_validate(yaml.safe_load(found.spec.serveConfigV2)).applications
+    config = ServeDeploySchema.model_validate(yaml.safe_load(found.spec.serveConfigV2))
+    gateway, application = config.applications
+    assert gateway.route_prefix == "/" and application.route_prefix is None
     assert application.import_path == "eagleray.serve.gram:build_app"
     assert application.args["model"] == "/storage/runs/a/model" and application.args["gpus"] == 1
     scaling = application.deployments[0].autoscaling_config

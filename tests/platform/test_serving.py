@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import socket
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,7 +13,9 @@ import yaml
 from ray.serve.schema import ServeDeploySchema
 from safetensors.torch import save_file
 
+from eagleray.platform.config import Config
 from eagleray.platform.serving import (
+    App,
     ServedModel,
     ServingError,
     check_host,
@@ -21,6 +24,13 @@ from eagleray.platform.serving import (
     running,
     serve_yaml,
 )
+
+GATEWAY = App("gateway", "no.gateway:build", Config(), deployment="gateway", route_prefix="/")
+
+
+def model(folder: Path | str, **settings: Any) -> App:
+    args = ServedModel.model_validate({"model": str(folder), "name": "x", **settings})
+    return App("x", "some.module:build", args, deployment="kind")
 
 
 @pytest.fixture
@@ -35,14 +45,14 @@ def folder(tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "127.1.2.3", "::1", "localhost"])
 def test_this_machine_is_allowed(host: str) -> None:
-    check_host(host, insecure_bind=False)
+    check_host(host, keys=False)
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.168.1.5", "example.org"])
-def test_other_hosts_need_the_flag(host: str) -> None:
-    with pytest.raises(ServingError, match=r"no API keys.*--insecure-bind"):
-        check_host(host, insecure_bind=False)
-    check_host(host, insecure_bind=True)
+def test_other_hosts_need_keys(host: str) -> None:
+    with pytest.raises(ServingError, match=r"other machines may reach.*eagleray keys add"):
+        check_host(host, keys=False)
+    check_host(host, keys=True)
 
 
 def test_a_taken_port_is_named(folder: Path) -> None:
@@ -52,7 +62,7 @@ def test_a_taken_port_is_named(folder: Path) -> None:
         port = taken.getsockname()[1]
         with (
             pytest.raises(ServingError, match=rf"Cannot listen on 127.0.0.1:{port}.*Choose another port"),
-            running("no.module:build", ServedModel(model=str(folder)), name="x", port=port),
+            running(GATEWAY, [model(folder)], port=port),
         ):
             pass
 
@@ -80,14 +90,20 @@ def test_the_revision_follows_weights_files_and_settings(folder: Path) -> None:
 
 def test_the_yaml_is_what_serve_deploy_takes(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(folder.parent)
-    args = ServedModel(model="model", cpus=2, timeout_s=5)
-    values = yaml.safe_load(serve_yaml("some.module:build", args, name="x", host="127.0.0.1", port=8123))
+    app = model("model", cpus=2, timeout_s=5)
+    values = yaml.safe_load(serve_yaml(GATEWAY, [app], host="127.0.0.1", port=8123))
     ServeDeploySchema.model_validate(values)
     assert values["http_options"] == {"host": "127.0.0.1", "port": 8123, "request_timeout_s": 15}
-    [application] = values["applications"]
+    door, application = values["applications"]
+    assert door["route_prefix"] == "/" and application["route_prefix"] is None
     assert application["import_path"] == "some.module:build"
-    assert ServedModel.model_validate(application["args"]) == args.model_copy(update={"model": str(folder)})
+    assert application["deployments"] == [{"name": "kind", "num_replicas": 1}]
+    args = ServedModel.model_validate(application["args"])
+    assert args == app.args.model_copy(update={"model": str(folder)})
 
 
 def test_a_replica_takes_what_the_arguments_say() -> None:
     assert ServedModel(model="m", cpus=3, gpus=0.5).actor_options() == {"num_cpus": 3, "num_gpus": 0.5}
+    assert ServedModel(model="m").actor_options() == {"num_cpus": 1, "num_gpus": 0}  # without a cluster
+    with pytest.raises(ValueError, match="must be greater than 0, or 'auto'"):
+        ServedModel(model="m", cpus=0)

@@ -13,9 +13,7 @@ from typing import Any
 
 import httpx
 import pytest
-import yaml
 from builders import tiny_model, tiny_tokenizer
-from ray.serve.schema import ServeDeploySchema
 from transformers import LlamaConfig, LlamaForSequenceClassification
 
 from eagleray.jobs.serve import serving
@@ -24,7 +22,7 @@ from eagleray.models.gram.judge import Judge
 from eagleray.models.gram.prompts import JudgeEncoder, JudgeTemplate
 from eagleray.models.gram.ranking import rank
 from eagleray.platform.serving import ServingError
-from eagleray.serve.gram import Args, build_app, load_model
+from eagleray.serve.gram import Args, load_model
 
 PROMPT = "Name a river in Peru."
 ANSWERS = [
@@ -54,17 +52,6 @@ def judge(model_folder: Path) -> Judge:
 
 
 # ---------------------------------------------------------------- without Ray
-
-
-def test_the_shipped_yaml_is_valid_for_serve_deploy_and_stays_on_this_machine() -> None:
-    path = Path(__file__).parents[2] / "serve" / "gram.yaml"
-    values = yaml.safe_load(path.read_text())
-    ServeDeploySchema.model_validate(values)
-    assert values["http_options"]["host"] == "127.0.0.1"
-    [application] = values["applications"]
-    assert application["import_path"] == f"{build_app.__module__}:{build_app.__name__}"
-    Args.model_validate(application["args"])
-    assert {deployment["name"] for deployment in application["deployments"]} == {"gram"}
 
 
 def test_a_pair_costs_what_the_judge_computes(model_folder: Path, judge: Judge) -> None:
@@ -126,6 +113,12 @@ def server(ray_cluster: None, model_folder: Path) -> Iterator[httpx.Client]:
         yield client
 
 
+def health(server: httpx.Client) -> dict[str, Any]:
+    """What the one model says of itself."""
+    [model] = server.get("/healthz").json()["models"]
+    return model
+
+
 @pytest.mark.ray
 def test_served_scores_equal_offline_scores(server: httpx.Client, judge: Judge) -> None:
     a, b = ANSWERS[0], ANSWERS[1]
@@ -134,7 +127,7 @@ def test_served_scores_equal_offline_scores(server: httpx.Client, judge: Judge) 
     for key in ("p_a", "p_b", "p_order1", "p_order2"):
         assert body[key] == pytest.approx(getattr(offline, key), abs=1e-6)
     assert body["consistent"] == offline.consistent
-    assert body["model"] == "tiny-judge" and body["revision"] == server.get("/healthz").json()["revision"]
+    assert body["model"] == "gram" and body["revision"] == health(server)["revision"]
 
     body = server.post("/reward", json={"prompt": PROMPT, "response": a, "reference": b}).json()
     assert body["probability"] == pytest.approx(offline.p_a, abs=1e-6)
@@ -209,7 +202,7 @@ def test_overload_is_429_and_what_was_admitted_is_answered(server: httpx.Client)
             assert answer.json()["error"]["code"] == "queue_full"
         else:
             assert answer.json()["comparisons"] == 28
-    assert server.get("/healthz").json()["pending_comparisons"] == 0
+    assert health(server)["pending_comparisons"] == 0
 
 
 @pytest.mark.ray
@@ -223,8 +216,8 @@ def test_work_of_a_client_that_went_away_is_dropped(server: httpx.Client) -> Non
     started = time.monotonic()
     with pytest.raises(httpx.ReadTimeout):
         server.post("/rank", json=request, timeout=0.4)
-    assert server.get("/healthz").json()["pending_comparisons"] in (0, 7)
-    while server.get("/healthz").json()["pending_comparisons"]:
+    assert health(server)["pending_comparisons"] in (0, 7)
+    while health(server)["pending_comparisons"]:
         assert time.monotonic() - started < 7 * 0.3, "the ranking went on"
         time.sleep(0.02)
 

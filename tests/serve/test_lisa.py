@@ -15,10 +15,8 @@ from typing import Any
 import openai
 import pytest
 import torch
-import yaml
 from builders import CHAT_TEMPLATE, tiny_model, tiny_tokenizer
 from fastapi.testclient import TestClient
-from ray.serve.schema import ServeDeploySchema
 
 from eagleray.jobs.serve import serving
 from eagleray.models.backbone.decoding import Continuation
@@ -26,7 +24,7 @@ from eagleray.models.lisa.convert import Start, convert
 from eagleray.models.lisa.spec import LisaSpec
 from eagleray.serve.batching import BatcherClosed, QueueFull
 from eagleray.serve.decoding import DecodingLoop
-from eagleray.serve.lisa import Args, LisaService, LoadedModel, build_app, lisa_app
+from eagleray.serve.lisa import Args, LisaService, LoadedModel, lisa_app
 
 
 @lru_cache
@@ -141,7 +139,12 @@ def test_a_seed_repeats_a_draw(client: TestClient) -> None:
 @pytest.mark.parametrize(
     ("path", "values", "status", "message"),
     [
-        ("completions", {"prompt": "a", "model": "other"}, 404, "no such model here; /v1/models lists: tiny"),
+        (
+            "completions",
+            {"prompt": "a", "model": "other"},
+            404,
+            "no such model here; /v1/models lists for this endpoint: tiny",
+        ),
         ("completions", {"prompt": "a", "max_tokens": 25}, 422, "`max_tokens` is 25; this server allows 24"),
         ("completions", {"prompt": "7 " * 120, "max_tokens": 9}, 422, "the model takes 128 in all"),
         ("completions", {"prompt": "a", "temperature": 3}, 422, "`temperature`"),
@@ -163,7 +166,6 @@ def test_a_model_without_a_chat_template_says_so() -> None:
     with make_client(chat=False) as client:
         request = {"model": "tiny", "messages": [{"role": "user", "content": "Hi"}]}
         assert "has no chat template" in client.post("/v1/chat/completions", json=request).text
-        assert client.get("/v1/models").json()["data"][0]["id"] == "tiny"
         assert client.get("/healthz").json()["pending_continuations"] == 0
 
 
@@ -265,15 +267,6 @@ def test_a_stream_that_takes_too_long_says_so_and_ends(monkeypatch: pytest.Monke
         text = complete(client, prompt="numbers", max_tokens=20, stream=True).text
         assert "[DONE]" not in text and "was not complete within 1 s" in text
         assert complete(client, prompt="numbers", max_tokens=20).status_code == 504
-
-
-def test_the_shipped_yaml_is_valid_for_serve_deploy_and_stays_on_this_machine() -> None:
-    values = yaml.safe_load((Path(__file__).parents[2] / "serve" / "lisa.yaml").read_text())
-    ServeDeploySchema.model_validate(values)
-    assert values["http_options"]["host"] == "127.0.0.1"
-    [application] = values["applications"]
-    assert application["import_path"] == f"{build_app.__module__}:{build_app.__name__}"
-    Args.model_validate(application["args"])
 
 
 @pytest.mark.ray

@@ -10,9 +10,7 @@ import httpx
 import numpy as np
 import pytest
 import torch
-import yaml
 from builders import tiny_model, tiny_tokenizer
-from ray.serve.schema import ServeDeploySchema
 
 from eagleray.jobs.serve import serving
 from eagleray.models.lrhp.checkpoint import PairSettings, save_tokenizer_and_settings
@@ -21,7 +19,7 @@ from eagleray.models.lrhp.model import PairModel
 from eagleray.models.lrhp.prompts import PREFERENCE_TOKEN, add_preference_token
 from eagleray.models.lrhp.representer import Representer
 from eagleray.models.selection.store import model_hash
-from eagleray.serve.lrhp import Args, build_app, load_model
+from eagleray.serve.lrhp import Args, load_model
 
 PAIRS = [
     ("Name a river in Peru.", "The Ucayali flows through the forest.", "Lima."),
@@ -53,16 +51,6 @@ def predictor(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     about = {"model_hash": model_hash(folder, "saved", "False"), "order": "diff"}
     fit_ridge(x_ND, np.linspace(0.3, 0.7, 20), about=about).save(path)
     return path
-
-
-def test_the_shipped_yaml_is_valid_for_serve_deploy_and_stays_on_this_machine() -> None:
-    path = Path(__file__).parents[2] / "serve" / "lrhp.yaml"
-    values = yaml.safe_load(path.read_text())
-    ServeDeploySchema.model_validate(values)
-    assert values["http_options"]["host"] == "127.0.0.1"
-    [application] = values["applications"]
-    assert application["import_path"] == f"{build_app.__module__}:{build_app.__name__}"
-    Args.model_validate(application["args"])
 
 
 def test_a_batch_may_mix_orders_and_costs_count_them(folder: Path) -> None:
@@ -101,8 +89,8 @@ def test_served_representations_and_margins_equal_offline_ones(
 ) -> None:
     representer = Representer.from_pretrained(folder, device="cpu")
     margins = MarginPredictor.load(predictor)
-    health = server.get("/healthz").json()
-    assert health["status"] == "ready" and health["margins"] and health["model"] == "tiny-pairs"
+    [health] = server.get("/healthz").json()["models"]
+    assert health["status"] == "ready" and health["margins"] and health["model"] == "lrhp"
 
     def ask(pair: tuple[str, str, str], path: str, **more: str) -> dict[str, object]:
         body = dict(zip(("prompt", "chosen", "rejected"), pair, strict=True)) | more

@@ -7,20 +7,17 @@ import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import soundfile
 import torch
-import yaml
 from fastapi.testclient import TestClient
-from ray.serve.schema import ServeDeploySchema
 from torch import Tensor
 
 from eagleray.models.nast.translator import Translation
-from eagleray.serve.nast import Args, LoadedModel, NastService, build_app, nast_app
+from eagleray.serve.nast import Args, LoadedModel, NastService, nast_app
 
 
 class CountingSpeech:
@@ -144,12 +141,3 @@ def test_the_document_tells_what_to_send(client: TestClient) -> None:
     operation = client.get("/openapi.json").json()["paths"]["/translate"]["post"]
     assert list(operation["requestBody"]["content"]) == ["audio/*"]
     assert {"200", "413", "422", "429"} <= operation["responses"].keys()
-
-
-def test_the_shipped_yaml_is_valid_for_serve_deploy_and_stays_on_this_machine() -> None:
-    values = yaml.safe_load((Path(__file__).parents[2] / "serve" / "nast.yaml").read_text())
-    ServeDeploySchema.model_validate(values)
-    assert values["http_options"]["host"] == "127.0.0.1"
-    [application] = values["applications"]
-    assert application["import_path"] == f"{build_app.__module__}:{build_app.__name__}"
-    Args.model_validate(application["args"])

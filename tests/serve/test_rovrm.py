@@ -15,14 +15,12 @@ from typing import Any
 
 import httpx
 import pytest
-import yaml
-from ray.serve.schema import ServeDeploySchema
 from rovrm_cases import BLUE, RED, png, tiny_llava
 
 from eagleray.models.rovrm.checkpoint import save_reward_model
 from eagleray.models.rovrm.scoring import VisualScorer
 from eagleray.serve.multipart import MultipartError, Part, parse_multipart
-from eagleray.serve.rovrm import Args, LoadedModel, RovrmService, build_app, load_model, rovrm_app
+from eagleray.serve.rovrm import Args, LoadedModel, RovrmService, load_model, rovrm_app
 
 PROMPT, ANSWERS = "Is there a circle?", ["Yes, a red one.", "No.", "Perhaps two."]
 LIMITS: dict[str, Any] = {"max_responses": 4, "max_body_bytes": 20_000, "max_image_pixels": 10_000}
@@ -67,16 +65,6 @@ def _post(folder: Path, **request: Any) -> httpx.Response:
 
 def _json(image: str | None = None, **further: Any) -> dict[str, Any]:
     return {"json": {"prompt": PROMPT, "responses": ANSWERS, "image": image} | further}
-
-
-def test_the_shipped_yaml_is_valid_for_serve_deploy_and_stays_on_this_machine() -> None:
-    path = Path(__file__).parents[2] / "serve" / "rovrm.yaml"
-    values = yaml.safe_load(path.read_text())
-    ServeDeploySchema.model_validate(values)
-    assert values["http_options"]["host"] == "127.0.0.1"
-    [application] = values["applications"]
-    assert application["import_path"] == f"{build_app.__module__}:{build_app.__name__}"
-    Args.model_validate(application["args"])
 
 
 def test_every_form_of_a_picture_gives_the_offline_scores(folder: Path, scorer: VisualScorer) -> None:

@@ -126,4 +126,4 @@ def test_a_served_text_is_the_offline_text(trained: TrainedRun, tmp_path: Path) 
         long = client.post("/translate", content=(tmp_path / "long.wav").read_bytes()).json()
         assert len(long["pieces"]) >= 3
         assert client.post("/translate", content=b"no audio").status_code == 422
-        assert client.get("/healthz").json()["pending_pieces"] == 0
+        assert client.get("/healthz").json()["models"][0]["pending_pieces"] == 0
