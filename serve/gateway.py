@@ -44,6 +44,7 @@ from eagleray.serve.http_app import (
 )
 from eagleray.serve.multipart import MultipartError, parse_multipart
 from eagleray.serve.openai import ModelCard, ModelList
+from eagleray.serve.page import add_page
 from eagleray.serve.protocol import GatewayHealthResponse
 from eagleray.serve.replica import Call, Description, Reply
 
@@ -95,6 +96,7 @@ def gateway_app(fleet: Fleet, *, keys: KeyChecker | None = None) -> FastAPI:
     async def models() -> ModelList:
         return ModelList(data=[_card(model.description) for model in fleet.models.values()])
 
+    add_page(app)
     app.openapi = lambda: _openapi(app, [model.description for model in fleet.models.values()])
     app.mount("/", _Forward(fleet))
     return app

@@ -14,14 +14,15 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from eagleray.platform.keys import Key, KeyChecker
 from eagleray.serve.http_app import error_response
 from eagleray.serve.metrics import request_answered
+from eagleray.serve.page import FILES
 
 # Below the logger that Serve sets up, so that lines are written as `LoggingConfig` says.
 logger = logging.getLogger("ray.serve.eagleray")
 
-OPEN_PATHS = frozenset({"/healthz"})
-"""Answered without a key."""
+OPEN_PATHS = frozenset({"/", "/healthz"})
+"""Answered without a key, as are the files of the page."""
 
-_OWN_PATHS = frozenset({"/healthz", "/v1/models", "/docs", "/openapi.json"})
+_OWN_PATHS = frozenset({"/", "/healthz", "/v1/models", "/docs", "/openapi.json"})
 
 
 class Guard:
@@ -68,7 +69,7 @@ class Guard:
 
     def _refusal(self, scope: Scope) -> ASGIApp | None:
         """401 or 429 as an application, or None if the request may pass."""
-        if self._keys is None or scope["path"] in OPEN_PATHS:
+        if self._keys is None or scope["path"] in OPEN_PATHS or scope["path"].startswith(FILES):
             return None
         key = self._owner(scope, self._keys)
         if key is None:

@@ -11,7 +11,7 @@ const PANELS = {
   rank: { endpoint: "/rank", start: rankPanel },
   picture: { endpoint: "/score", start: picturePanel },
   speech: { endpoint: "/translate", start: speechPanel },
-  chat: { endpoint: "/v1/chat/completions", start: chatPanel },
+  chat: { endpoint: "/v1/chat/completions", kind: "lisa", start: chatPanel }, // a judge answers with a verdict only
 };
 
 const sections = [...document.querySelectorAll("main > section")];
@@ -36,8 +36,8 @@ async function loadModels() {
   body.replaceChildren(...models.map((model) =>
     element("tr", {}, ...[model.id, model.kind, model.endpoints.join(", "), model.revision].map((text) =>
       element("td", {}, text)))));
-  for (const [name, { endpoint }] of Object.entries(PANELS)) {
-    const mine = models.filter((model) => model.endpoints.includes(endpoint));
+  for (const [name, { endpoint, kind }] of Object.entries(PANELS)) {
+    const mine = models.filter((model) => model.endpoints.includes(endpoint) && (kind ?? model.kind) === model.kind);
     for (const select of document.querySelectorAll(`#${name} select[name=model], #${name} select[name=other]`)) {
       const chosen = select.value;
       select.replaceChildren(...mine.map((model) => element("option", {}, model.id)));
