@@ -124,12 +124,14 @@ def main(cfg: Config) -> dict[str, Any]:
     with RunFolder.create(JOB, cfg, shared=cfg.store is None).recording() as run:
         folder = Path(cfg.store).expanduser().absolute() if cfg.store else run.path / "features"
         report: dict[str, Any] = {"model_hash": cfg.features.hash(cfg.model.path), "sets": {}}
+        hashes: dict[str, str] = {}
         for name, section in cfg.sets.items():
             loaded = load_sources(section.sources, cfg.images) if section.sources else None
             samples = [*(loaded.samples if loaded else [])]
             for made in section.synthetic:
                 samples += generated(made, made.samples, "train")
-            run.update_manifest(data_hashes=loaded.hashes if loaded else {})
+            hashes |= loaded.hashes if loaded else {}
+            run.update_manifest(data_hashes=hashes)
             done = encode_samples(
                 folder / name,
                 samples,

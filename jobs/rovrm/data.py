@@ -180,9 +180,11 @@ def load_parts(data: VisualData, *, seed: int) -> Parts:
             "Left out %d sample(s) whose picture is in the evaluation data.", counts["in_evaluation"]
         )
     kept = _limited(kept, data, seed)
+    hashes = train.hashes | held_out.hashes
     if data.only is not None:
         kept = _only(kept, data.only)
-    return Parts(kept, held_out.samples, train.hashes | held_out.hashes, counts)
+        hashes |= file_hashes(SourceConfig(path=data.only))
+    return Parts(kept, held_out.samples, hashes, counts)
 
 
 def load_sources(sources: Sequence[VisualSource], images: ImageSection) -> Loaded:

@@ -14,10 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from eagleray.jobs import select
-from eagleray.jobs.features import FeatureSection, encode_samples
+from eagleray.jobs.features import FeatureSection, RewardModelSection, encode_samples
 from eagleray.jobs.rovrm.data import Sample, VisualData, load_parts
 from eagleray.jobs.selection.methods import CosineSection, TransportSection
 from eagleray.platform.config import Config as Section
@@ -70,6 +70,11 @@ class SelectionSection(Section):
     cosine: CosineSection = CosineSection()
     clusters: int | Literal["auto"] | None = None
     """As in `select`: take from each k-means cluster in proportion to its size."""
+
+    @field_validator("model")
+    @classmethod
+    def _local_folders_are_absolute(cls, path: str | None) -> str | None:
+        return None if path is None else RewardModelSection(path=path).path
 
 
 @dataclass(frozen=True)

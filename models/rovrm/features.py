@@ -74,8 +74,10 @@ class VisualBody:
     """A visual reward model."""
 
     def __init__(self, scorer: VisualScorer) -> None:
-        self.model, self.head = scorer.model, scorer.model.v_head
-        self.layers = scorer.model.model.language_model
+        body: Any = scorer.model.model
+        self.model: nn.Module = scorer.model
+        self.head: nn.Linear = scorer.model.v_head
+        self.layers: nn.Module = body.language_model
         self.prepare: Callable[..., list[Any]] = scorer.prepare
 
     def rewards(self, rows: Sequence[Prepared]) -> Tensor:
