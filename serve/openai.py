@@ -10,8 +10,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
-from eagleray.models.backbone.decoding import FinishReason
-
+# As in models/backbone/decoding.py, which imports torch; the gateway imports this module and needs none.
+FinishReason = Literal["stop", "length"]
 Stop = Annotated[str, Field(min_length=1, max_length=200)]
 
 

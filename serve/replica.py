@@ -17,7 +17,6 @@ from functools import cached_property
 from typing import Any, Protocol, TypeVar
 
 import ray
-import torch
 from fastapi import FastAPI
 from ray import serve
 from ray.serve import Application
@@ -161,6 +160,8 @@ class Replica:
     """A model in a process of its own."""
 
     async def __init__(self, start: Start[Any], settings: ServedModel) -> None:
+        import torch  # here, because the gateway imports this module and needs no torch
+
         on_gpu = bool(ray.get_runtime_context().get_accelerator_ids().get("GPU"))
         if not on_gpu:
             torch.set_num_threads(_threads())

@@ -49,7 +49,7 @@ def judge(
 
 def language_model(name: str = "lisa", **limits: Any) -> Served:
     """A tiny random language model."""
-    args = lisa.Args(model="unused", max_new_tokens=24, **limits)
+    args = lisa.Args(model="unused", **{"max_new_tokens": 24, **limits})
     model = lisa.LoadedModel(tiny_model(max_position_embeddings=128), tiny_tokenizer(chat=True), name, "r")
     service = lisa.LisaService(model, args)
     return Served("lisa", name, "r", args, args.max_body_bytes, lisa.lisa_app(service, args), service.health)

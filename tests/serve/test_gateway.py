@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import logging
 import shutil
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -146,6 +148,12 @@ def test_requests_are_counted_under_paths_that_exist(
     client.get("/made/up/by/a/client")
     client.get("/healthz")
     assert seen == [("long", "/compare", 200), ("", "other", 422), ("", "other", 404), ("", "/healthz", 200)]
+
+
+def test_the_gateway_needs_no_torch() -> None:
+    """A replica of the gateway starts in a second or two and stays small."""
+    code = "import sys, eagleray.serve.gateway; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
 def test_the_shipped_yaml_is_valid_for_serve_deploy_and_stays_on_this_machine() -> None:
