@@ -38,6 +38,8 @@ JOBS = {
     "rovrm.evaluate": "eagleray.jobs.rovrm.evaluate",
     "rovrm.progressive": "eagleray.jobs.rovrm.progressive",
     "align.best_of_n": "eagleray.jobs.align.best_of_n",
+    "align.policy": "eagleray.jobs.align.policy",
+    "align.dpo": "eagleray.jobs.align.dpo",
     "select": "eagleray.jobs.select",
     "sweep": "eagleray.jobs.sweep",
     "experiment": "eagleray.jobs.experiment",
