@@ -42,6 +42,8 @@ JOBS = {
     "rovrm.progressive": "eagleray.jobs.rovrm.progressive",
     "features": "eagleray.jobs.features",
     "align.best_of_n": "eagleray.jobs.align.best_of_n",
+    "align.policy": "eagleray.jobs.align.policy",
+    "align.dpo": "eagleray.jobs.align.dpo",
     "select": "eagleray.jobs.select",
     "sweep": "eagleray.jobs.sweep",
     "experiment": "eagleray.jobs.experiment",

@@ -49,6 +49,7 @@ JOB = "sweep"
 
 SPACES = {
     "label_smoothing": "eagleray.tune_spaces.label_smoothing",
+    "label_count": "eagleray.tune_spaces.label_count",
     "optim": "eagleray.tune_spaces.optim",
     "lisa_rank": "eagleray.tune_spaces.lisa_rank",
     "margin_scale": "eagleray.tune_spaces.margin_scale",

@@ -18,7 +18,7 @@ from eagleray.platform.plots import plot_training
 from eagleray.platform.progress import training_progress
 from eagleray.platform.remote import leads_node, open_folder
 from eagleray.platform.runs import RunFolder, RunInterrupted
-from eagleray.platform.sections import TrainingConfig
+from eagleray.platform.sections import RaySection, TrainingConfig
 from eagleray.platform.stopping import SignalStop, withdraw_stop
 from eagleray.platform.task import Task
 from eagleray.platform.training import run_training, total_steps
@@ -100,46 +100,80 @@ def _fit(
     callbacks: Sequence[Any],
     trainer_class: type[Any] | None,
 ) -> dict[str, float]:
+    steps = total_steps(cfg.train, len(task_class(cfg, run.data).train_lengths))
+    loop = {
+        "task": f"{task_class.__module__}:{task_class.__qualname__}",
+        "config": cfg.model_dump(mode="json"),
+        "config_class": f"{type(cfg).__module__}:{type(cfg).__qualname__}",
+        "run_dir": run.folder.place,
+        "threads": max(1, int(cfg.ray.cpus_per_worker)),
+    }
+    with training_progress(
+        run.path, total_steps=min(steps, cfg.train.stop_at or steps), description=cfg.run.note or job
+    ):
+        return run_workers(
+            _train_worker, loop, cfg.ray, run, callbacks=callbacks, trainer_class=trainer_class
+        )
+
+
+def run_workers(
+    worker: Callable[[dict[str, Any]], dict[str, float] | None],
+    loop: dict[str, Any],
+    section: RaySection,
+    run: RunFolder,
+    *,
+    callbacks: Sequence[Any] = (),
+    trainer_class: type[Any] | None = None,
+) -> dict[str, float]:
+    """Run a function in Ray Train workers until it ends, answering signals meanwhile; needs a connection to Ray.
+
+    Args:
+        worker: What each worker runs; returns `None` if it stopped because `stopping.stop_requested`. It resumes by
+            itself when it is started again in the same run folder.
+        loop: Its argument.
+        section: Workers and their resources.
+        run: The run folder.
+        callbacks: Ray Train callbacks.
+        trainer_class: Used in place of Ray Train's `TorchTrainer`.
+
+    Returns:
+        What worker 0 returned.
+
+    Raises:
+        TrainingError: A worker failed more often than `ray.max_failures`.
+        RunInterrupted: The run was asked to stop.
+    """
     import ray.train
     from ray.train.torch import TorchTrainer
     from ray.train.v2.api.exceptions import TrainingFailedError
 
-    steps = total_steps(cfg.train, len(task_class(cfg, run.data).train_lengths))
-    steps = min(steps, cfg.train.stop_at or steps)
-    use_gpu = wants_gpu(cfg.ray)
+    use_gpu = wants_gpu(section)
     trainer = (trainer_class or TorchTrainer)(
-        _train_worker,
-        train_loop_config={
-            "task": f"{task_class.__module__}:{task_class.__qualname__}",
-            "config": cfg.model_dump(mode="json"),
-            "config_class": f"{type(cfg).__module__}:{type(cfg).__qualname__}",
-            "run_dir": run.folder.place,
-            "threads": max(1, int(cfg.ray.cpus_per_worker)),
-        },
+        worker,
+        train_loop_config=loop,
         scaling_config=ray.train.ScalingConfig(
-            num_workers=cfg.ray.num_workers,
-            elastic_resize_monitor_interval_s=cfg.ray.resize_every_s,
+            num_workers=section.num_workers,
+            elastic_resize_monitor_interval_s=section.resize_every_s,
             use_gpu=use_gpu,
-            resources_per_worker={"CPU": cfg.ray.cpus_per_worker} | ({"GPU": 1} if use_gpu else {}),
+            resources_per_worker={"CPU": section.cpus_per_worker} | ({"GPU": 1} if use_gpu else {}),
         ),
         # A name of its own for every attempt: Ray resumes silently when a name is used again, and
         # resuming is the loop's work (docs/decisions/0002-checkpoints.md).
         run_config=ray.train.RunConfig(
             name=f"attempt-{len(run.read_manifest()['attempts'])}",
             storage_path=str(run.path / "ray"),
-            failure_config=ray.train.FailureConfig(max_failures=cfg.ray.max_failures),
+            failure_config=ray.train.FailureConfig(max_failures=section.max_failures),
             callbacks=list(callbacks),
         ),
     )
     withdraw_stop(run.folder)
     stop = SignalStop(run.folder)
-    with training_progress(run.path, total_steps=steps, description=cfg.run.note or job):
-        try:
-            summary = stop.call(lambda: trainer.fit().return_value)
-        except TrainingFailedError as error:
-            raise TrainingError(f"{_reason(error)} Resume with `run.dir={run.folder.place}`.") from error
-        except KeyboardInterrupt:
-            raise RunInterrupted(run.folder.place, stop.received or signal.SIGINT) from None
+    try:
+        summary = stop.call(lambda: trainer.fit().return_value)
+    except TrainingFailedError as error:
+        raise TrainingError(f"{_reason(error)} Resume with `run.dir={run.folder.place}`.") from error
+    except KeyboardInterrupt:
+        raise RunInterrupted(run.folder.place, stop.received or signal.SIGINT) from None
     if summary is None:
         raise RunInterrupted(run.folder.place, stop.received or signal.SIGINT)
     return summary

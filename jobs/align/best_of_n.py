@@ -248,7 +248,7 @@ def _report(cfg: Config, groups: Sequence[Group]) -> dict[str, Any]:
         ]
         for name, found_PK in picked.items()
     }
-    random_P = [np.mean(g.qualities) for g in pools]
+    random_P = [float(np.mean(g.qualities)) for g in pools]
     oracle_PK = np.array([[expected_best(g.qualities, g.qualities, n) for n in sweep] for g in pools])
     return {
         "prompts": len(pools),

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from random import Random
 from typing import Any, Generic, Literal, TypeVar
 
 from pydantic import Field, model_validator
@@ -12,6 +13,7 @@ from eagleray.models.gram.official import labelled_row, unlabelled_row
 from eagleray.models.gram.prompts import JudgeEncoder, JudgeTemplate
 from eagleray.models.gram.synthetic import make_preferences, make_unlabelled
 from eagleray.platform.config import Config as Section
+from eagleray.platform.config import ConfigError
 from eagleray.platform.data.preferences import (
     Preference,
     PreferenceMixture,
@@ -49,6 +51,8 @@ class PairData(Section):
     """Evaluation pairs; default: `eval_fraction` of the training prompts."""
     eval_fraction: float = Field(default=0.05, gt=0, lt=1)
     """Share of the training prompts that is held out if `eval` is not given."""
+    limit: int | None = Field(default=None, ge=1)
+    """Train on this many pairs only, drawn by `train.seed`; fewer of one seed are among more."""
     official: bool = False
     """The rows are official GRAM files: `instruction`, `input`, `output`."""
 
@@ -104,9 +108,10 @@ def load_labelled(data: PairData, *, seed: int) -> Pairs[Preference]:
     if data.synthetic is not None:
         made = data.synthetic
         train = make_preferences(made.pairs, made.seed, label_noise=made.label_noise)
-        return _generated(train, make_preferences(_tenth(made), made.seed, split="dev"), _as_preference)
+        held_out = make_preferences(_tenth(made), made.seed, split="dev")
+        return _limited(_generated(train, held_out, _as_preference), data, seed)
     rewrite = labelled_row if data.official else None
-    return _load(data, seed, lambda source: load_preferences(source, rewrite=rewrite))
+    return _limited(_load(data, seed, lambda source: load_preferences(source, rewrite=rewrite)), data, seed)
 
 
 def load_unlabelled(data: PairData, *, seed: int) -> Pairs[ResponsePair]:
@@ -114,9 +119,11 @@ def load_unlabelled(data: PairData, *, seed: int) -> Pairs[ResponsePair]:
     if data.synthetic is not None:
         made = data.synthetic
         held_out = make_unlabelled(_tenth(made), made.seed, split="dev")
-        return _generated(make_unlabelled(made.pairs, made.seed), held_out, _as_response_pair)
+        rows = make_unlabelled(made.pairs, made.seed)
+        return _limited(_generated(rows, held_out, _as_response_pair), data, seed)
     rewrite = unlabelled_row if data.official else None
-    return _load(data, seed, lambda source: load_response_pairs(source, rewrite=rewrite))
+    pairs = _load(data, seed, lambda source: load_response_pairs(source, rewrite=rewrite))
+    return _limited(pairs, data, seed)
 
 
 def log_dropped(count: int, max_length: int) -> None:
@@ -136,6 +143,17 @@ def _load(data: PairData, seed: int, load: Any) -> Pairs[Any]:
     logger.info("Evaluation pairs: %s.", eval_report.summary())
     counts["eval"] = _counts(eval_report)
     return Pairs(train, held_out, hashes | eval_report.hashes, counts)
+
+
+def _limited(pairs: Pairs[Row], data: PairData, seed: int) -> Pairs[Row]:
+    if data.limit is None:
+        return pairs
+    if data.limit > len(pairs.train):
+        raise ConfigError(
+            f"`data.limit` is {data.limit}; there are {len(pairs.train)} training pairs. Lower it, or leave it out."
+        )
+    order = Random(f"limit {seed}").sample(range(len(pairs.train)), len(pairs.train))
+    return replace(pairs, train=[pairs.train[i] for i in order[: data.limit]])
 
 
 def _counts(report: ReadReport) -> dict[str, Any]:

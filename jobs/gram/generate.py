@@ -4,7 +4,8 @@
 
 The better of two answers gives its steps in order (`models/gram/synthetic.py`). The run folder gets `corpus.txt` for a
 backbone, `unlabelled.jsonl` for stage 1, `train.jsonl`, `dev.jsonl` and `test.jsonl` in TRL preference format without
-common prompts, and `candidates.jsonl`: several answers to each prompt with their true scores, for best-of-n.
+common prompts, and `candidates.jsonl`: several answers to each prompt with their true scores, for best-of-n. A policy that
+`align.policy` can improve starts from `policy.txt`: requests with answers whose steps stand in any order.
 """
 
 from __future__ import annotations
@@ -16,7 +17,12 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from eagleray.models.gram.synthetic import make_candidates, make_corpus, make_preferences, make_unlabelled
+from eagleray.models.gram.synthetic import (
+    make_candidates,
+    make_corpus,
+    make_preferences,
+    make_unlabelled,
+)
 from eagleray.platform.runs import RunFolder
 from eagleray.platform.sections import JobConfig
 
@@ -34,7 +40,7 @@ class Config(JobConfig):
     candidates: int = Field(default=16, ge=2)
     """Answers to each prompt of `candidates.jsonl`."""
     characters: int = Field(default=1_000_000, ge=1000)
-    """Length of `corpus.txt`."""
+    """Length of `corpus.txt`, and about that of `policy.txt`."""
     seed: int = Field(default=0, ge=0)
     """Seed of the generator."""
 
@@ -51,6 +57,9 @@ def main(cfg: Config) -> dict[str, int]:
         for name, lines in rows.items():
             write_jsonl(run.path / name, lines)
         (run.path / "corpus.txt").write_text(make_corpus(cfg.characters, cfg.seed), encoding="utf-8")
+        mixed = make_candidates(cfg.characters // 250, 1, cfg.seed, split="train")
+        texts = (f"{row['prompt']}\n{row['candidates'][0]['text']}\n" for row in mixed)
+        (run.path / "policy.txt").write_text("\n".join(texts), encoding="utf-8")
         report = {name: len(lines) for name, lines in rows.items()} | {"corpus.txt": cfg.characters}
         run.write_report(report)
     return report

@@ -35,6 +35,7 @@ from eagleray.platform.tracking import read_metrics
 ROOT = Path(__file__).resolve().parents[2]
 TINY = ROOT / "configs/gram/finetune_tiny.yaml"
 TARGETS = {
+    "label_count": ["gram.finetune", "gram.discriminative"],
     "label_smoothing": ["gram.finetune"],
     "lisa_rank": ["lisa.train"],
     "margin_scale": ["gram.discriminative"],
