@@ -1,7 +1,7 @@
 """Ray Serve on this machine: start, deploy applications, update them, drain and stop; and what every model is given.
 
 Each model is a Serve application of its own and so is the gateway, the only one with a route. Serve versions an
-application as a whole: were all models in one, adding a model would restart the others (docs/decisions/0012-gateway.md).
+application as a whole: were all models in one, adding a model would restart the others (docs/decisions/0013-gateway.md).
 An application is named by the import path of its builder, as in the YAML of `serve deploy`.
 """
 
