@@ -53,7 +53,8 @@ def build_trainer(cfg: Config, model: Any, tokenizer: Any, data: Path, arguments
     """The trainer, in a worker."""
     from datasets import Dataset
     from peft import LoraConfig
-    from trl import DPOConfig, DPOTrainer
+    from trl.trainer.dpo_config import DPOConfig
+    from trl.trainer.dpo_trainer import DPOTrainer
 
     settings = DPOConfig(
         **arguments,

@@ -189,7 +189,10 @@ def build_trainer(cfg: Config, model: Any, tokenizer: Any, data: Path, arguments
     """The trainer, in a worker."""
     from datasets import Dataset
     from peft import LoraConfig
-    from trl import GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer
+    from trl.trainer.grpo_config import GRPOConfig
+    from trl.trainer.grpo_trainer import GRPOTrainer
+    from trl.trainer.rloo_config import RLOOConfig
+    from trl.trainer.rloo_trainer import RLOOTrainer
 
     # Before the arguments: with ZeRO-3 these make every model that is loaded later a sharded one.
     judge = Judge.from_pretrained(cfg.reward.path, **cfg.reward.options)
