@@ -67,7 +67,7 @@ class CompletionRequest(Generation):
     """A text to continue."""
 
     model_config = ConfigDict(
-        json_schema_extra={"examples": [{"model": "model", "prompt": "Once upon a time", "max_tokens": 32}]}
+        json_schema_extra={"examples": [{"model": "lisa", "prompt": "Once upon a time", "max_tokens": 32}]}
     )
 
     prompt: str | Annotated[list[str], Field(min_length=1, max_length=16)]
@@ -105,7 +105,7 @@ class ChatRequest(Generation):
     model_config = ConfigDict(
         json_schema_extra={
             "examples": [
-                {"model": "model", "messages": [{"role": "user", "content": "Name a river in Peru."}]}
+                {"model": "lisa", "messages": [{"role": "user", "content": "Name a river in Peru."}]}
             ]
         }
     )
