@@ -357,5 +357,17 @@ def runs_plot(
         typer.echo(path)
 
 
+@runs_app.command("html")
+def runs_html(
+    root: Annotated[Path, typer.Argument(help="Folder to look in, at any depth.")] = Path("runs"),
+    out: Annotated[Path, typer.Option(help="Page to write.")] = Path("runs.html"),
+) -> None:
+    """Write a page with all runs, their results and curves: one file, to be opened in a browser or passed on."""
+    from eagleray.platform.runs_page import write_page
+
+    write_page(list_runs(root), root, out)
+    typer.echo(out)
+
+
 if __name__ == "__main__":
     main()

@@ -307,3 +307,10 @@ def test_every_job_has_a_config_of_its_name_and_a_main(name: str) -> None:
     assert job.Config.model_fields["job"].default == name
     assert job.Config.model_fields["job"].annotation == Literal[name]  # pyright: ignore[reportInvalidTypeForm]
     assert callable(job.main)
+
+
+def test_runs_html_writes_the_page_and_names_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["runs", "html", str(tmp_path), "--out", str(tmp_path / "page.html")])
+    assert not ended.value.code and capsys.readouterr().out.strip() == str(tmp_path / "page.html")
+    assert "0 run(s)" in (tmp_path / "page.html").read_text()
