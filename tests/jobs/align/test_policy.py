@@ -57,7 +57,7 @@ def _values(files: dict[str, str], **fields: Any) -> dict[str, Any]:
 
 @pytest.mark.ray
 @pytest.mark.usefixtures("ray_cluster")
-def test_a_judge_trains_a_policy_and_a_stopped_run_goes_on(files: dict[str, str]) -> None:
+def test_a_judge_trains_a_policy_and_pairs_train_it_further(files: dict[str, str]) -> None:
     """Two workers, two steps, watched before the first and after each; then DPO from the policy that came out."""
     values = _values(files, ray={"num_workers": 2})
     done = policy.main(validate_config(policy.Config, values, "test"))
