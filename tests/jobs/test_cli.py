@@ -107,7 +107,7 @@ def test_python_m_refuses_the_file_of_another_job(toy: ToyJob, capsys: pytest.Ca
     [
         (
             "job: toy.trian\n",
-            "There is no job `toy.trian`. Did you mean `toy.train`? The jobs are: backbone.",
+            "There is no job `toy.trian`. Did you mean `toy.train`? The jobs are: align.",
         ),
         ("lr: 0.2\n", "bad.yaml: the key `job` is missing; it says what to run"),
         ("job: toy.train\nlearning_rate: 1\n", "unknown key `learning_rate`"),
