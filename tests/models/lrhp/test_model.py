@@ -20,7 +20,6 @@ from eagleray.models.gram.batching import pad_right
 from eagleray.models.lrhp.checkpoint import (
     PairSettings,
     load_pair_model,
-    model_hash,
     save_tokenizer_and_settings,
     untrained_pair_model,
 )
@@ -32,6 +31,7 @@ from eagleray.models.lrhp.prompts import (
     add_preference_token,
 )
 from eagleray.models.lrhp.representer import Representer
+from eagleray.models.selection.store import model_hash
 
 PAIRS = [
     ("Name a river in Peru.", "The Ucayali flows through the forest.", "Lima."),
