@@ -84,15 +84,13 @@ def test_a_node_that_does_not_start_is_explained() -> None:
 
 
 def test_what_a_node_says_about_the_folder(tmp_path: Path) -> None:
-    marker = tmp_path / "marker"
-    marker.write_text("text")
-    assert cluster._answer_marker(marker, "text", tmp_path / "answer") is None
+    folder = str(tmp_path)
+    (tmp_path / "marker").write_text("text")
+    assert cluster._answer_marker(folder, "marker", "text", "answer") is None
     assert (tmp_path / "answer").read_text() == "text"
-    assert (
-        cluster._answer_marker(marker, "other", tmp_path / "answer")
-        == "it sees another folder under this path"
-    )
-    gone = cluster._answer_marker(tmp_path / "gone" / "marker", "text", tmp_path / "answer")
+    other = cluster._answer_marker(folder, "marker", "other text", "answer")
+    assert other == "it sees another folder under this path"
+    gone = cluster._answer_marker(folder, "gone/marker", "text", "answer")
     assert gone == "FileNotFoundError there (No such file or directory)"
 
 

@@ -102,7 +102,8 @@ def test_the_yaml_is_what_serve_deploy_takes(folder: Path, monkeypatch: pytest.M
     assert args == app.args.model_copy(update={"model": str(folder)})
 
 
-def test_a_replica_takes_what_the_arguments_say() -> None:
+def test_a_replica_takes_what_the_arguments_say(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ray.is_initialized", lambda: False)  # another test's cluster may be connected
     assert ServedModel(model="m", cpus=3, gpus=0.5).actor_options() == {"num_cpus": 3, "num_gpus": 0.5}
     assert ServedModel(model="m").actor_options() == {"num_cpus": 1, "num_gpus": 0}  # without a cluster
     with pytest.raises(ValueError, match="must be greater than 0, or 'auto'"):
