@@ -9,7 +9,7 @@ READY  := .venv/.ok
 help:
 	@echo 'make demo [DATA=pairs.jsonl]   train, evaluate and serve a reward model, start to end'
 	@echo 'make test                      all tests'
-	@echo 'make soak [KILLS=20]           kill one run again and again and compare its result (minutes)'
+	@echo 'make soak [KILLS=20]           the tests that take minutes, then one run killed again and again'
 	@echo 'make check                     format, lint, types and the tests that do not start Ray'
 	@echo 'make format                    format and sort imports'
 	@echo 'make clean                     remove caches and the virtual environment, never runs'
@@ -42,6 +42,7 @@ test: $(READY)
 	$(PYTHON) -m pytest -n 2 --dist loadfile
 
 soak: $(READY)
+	$(PYTHON) -m pytest -m soak
 	PYTHONPATH=.:tests $(PYTHON) -m soak $(if $(KILLS),--kills $(KILLS)) $(if $(SEED),--seed $(SEED))
 
 check: $(READY)

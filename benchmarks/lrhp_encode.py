@@ -35,7 +35,7 @@ class Size:
     width: int = 512
     layers: int = 6
     heads: int = 8
-    pairs: int = 512
+    pairs: int = 256
     shortest: int = 8
     longest: int = 192
     """Tokens of an answer; prompts have a third."""
@@ -121,7 +121,7 @@ def main() -> None:
                 "forward": lambda: side("forward"),
             }
             interleave(sides, rounds=1)  # warm-up
-            rates = interleave(sides, rounds=rounds, seconds=180)
+            rates = interleave(sides, rounds=rounds, seconds=120)
     finish(
         "lrhp_encode",
         [

@@ -78,6 +78,16 @@ def check_placement(section: RaySection) -> int:
     return max(1, fits // section.max_workers)
 
 
+def worker_nodes(section: RaySection) -> set[str]:
+    """Ids of the nodes that are there and could hold a worker of the run."""
+    need = _one_worker(section).items()
+    return {
+        node["NodeID"]
+        for node in ray.nodes()
+        if node["Alive"] and all(node["Resources"].get(name, 0) >= amount for name, amount in need)
+    }
+
+
 def describe_needs(section: RaySection) -> str:
     """What the workers of a run take, e.g. `2 worker(s) x 1 CPU + 1 GPU`."""
     needs = " + ".join(f"{amount:g} {name}" for name, amount in _one_worker(section).items())
@@ -98,9 +108,10 @@ def check_shared_folder(section: RaySection, folder: SharedFolder, *, timeout_s:
     Raises:
         SharedStorageError: The folder is missing, another one or read-only on a node, or a node does not answer.
     """
-    nodes = [node for node in ray.nodes() if node["Alive"] and _holds_a_worker(node["Resources"], section)]
-    if {node["NodeID"] for node in nodes} <= {ray.get_runtime_context().get_node_id()}:
+    asked = worker_nodes(section)
+    if asked <= {ray.get_runtime_context().get_node_id()}:
         return
+    nodes = [node for node in ray.nodes() if node["NodeID"] in asked]
     marker, text = f".probe-{os.getpid()}", secrets.token_hex(8)
     answers = {node["NodeID"]: f"{marker}-{node['NodeID']}" for node in nodes}
     folder.write_text(marker, text)
@@ -159,7 +170,3 @@ def _holds(folder: SharedFolder, name: str, text: str) -> bool:
 
 def _one_worker(section: RaySection) -> dict[str, float]:
     return {"CPU": section.cpus_per_worker} | ({"GPU": 1.0} if wants_gpu(section) else {})
-
-
-def _holds_a_worker(resources: Mapping[str, float], section: RaySection) -> bool:
-    return all(resources.get(name, 0) >= amount for name, amount in _one_worker(section).items())

@@ -2,26 +2,23 @@
 
 from __future__ import annotations
 
-import importlib
-import logging
+import contextlib
 import os
 import shutil
 import signal
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from eagleray.platform.cluster import check_placement, check_shared_folder, connected, wants_gpu
-from eagleray.platform.config import validate_config
-from eagleray.platform.plots import plot_training
+from eagleray.platform.cluster import check_placement, check_shared_folder, connected, wants_gpu, worker_nodes
 from eagleray.platform.progress import training_progress
-from eagleray.platform.remote import leads_node, open_folder
 from eagleray.platform.runs import RunFolder, RunInterrupted
 from eagleray.platform.sections import RaySection, TrainingConfig
 from eagleray.platform.stopping import SignalStop, withdraw_stop
 from eagleray.platform.task import Task
-from eagleray.platform.training import run_training, total_steps
+from eagleray.platform.training import total_steps
+from eagleray.platform.worker import train_worker
 
 
 class TrainingError(ValueError):
@@ -45,7 +42,6 @@ def train(
     job: str,
     prepare: Callable[[RunFolder], None],
     callbacks: Sequence[Any] = (),
-    trainer_class: type[Any] | None = None,
     data_of: Path | None = None,
 ) -> TrainedRun:
     """Run a training job: run folder, prepared examples, Ray Train with DeepSpeed, report and plots.
@@ -56,7 +52,6 @@ def train(
         job: The job's name in run folders.
         prepare: Writes the examples that the task reads into `run.data`; called for a new run only.
         callbacks: Ray Train callbacks, e.g. Tune's `TuneReportCallback`.
-        trainer_class: Used in place of Ray Train's `TorchTrainer`, e.g. `leftovers.TrialTrainer`.
         data_of: Run folder whose prepared examples are used, in place of preparing the same ones again.
 
     Raises:
@@ -65,6 +60,8 @@ def train(
         TrainingError: A worker failed more often than `ray.max_failures`.
         RunInterrupted: The run was asked to stop, by a signal or by the file `stop` in its folder.
     """
+    from eagleray.platform.plots import plot_training  # matplotlib, which workers import this module without
+
     with RunFolder.create(job, cfg).recording() as run:
         if not run.resumed:
             _prepare_data(run, prepare, data_of)
@@ -73,7 +70,7 @@ def train(
             check_placement(cfg.ray)
             check_shared_folder(cfg.ray, run.folder)
             run.leave_to_workers()
-            summary = _fit(task_class, cfg, run, job, callbacks, trainer_class)
+            summary = _fit(task_class, cfg, run, job, callbacks)
         run.folder.receive_results()
         run.write_report(summary)
         plot_training(run.path)
@@ -98,7 +95,6 @@ def _fit(
     run: RunFolder,
     job: str,
     callbacks: Sequence[Any],
-    trainer_class: type[Any] | None,
 ) -> dict[str, float]:
     steps = total_steps(cfg.train, len(task_class(cfg, run.data).train_lengths))
     loop = {
@@ -111,9 +107,7 @@ def _fit(
     with training_progress(
         run.path, total_steps=min(steps, cfg.train.stop_at or steps), description=cfg.run.note or job
     ):
-        return run_workers(
-            _train_worker, loop, cfg.ray, run, callbacks=callbacks, trainer_class=trainer_class
-        )
+        return run_workers(train_worker, loop, cfg.ray, run, callbacks=callbacks)
 
 
 def run_workers(
@@ -123,7 +117,6 @@ def run_workers(
     run: RunFolder,
     *,
     callbacks: Sequence[Any] = (),
-    trainer_class: type[Any] | None = None,
 ) -> dict[str, float]:
     """Run a function in Ray Train workers until it ends, answering signals meanwhile; needs a connection to Ray.
 
@@ -134,7 +127,6 @@ def run_workers(
         section: Workers and their resources.
         run: The run folder.
         callbacks: Ray Train callbacks.
-        trainer_class: Used in place of Ray Train's `TorchTrainer`.
 
     Returns:
         What worker 0 returned.
@@ -144,11 +136,12 @@ def run_workers(
         RunInterrupted: The run was asked to stop.
     """
     import ray.train
-    from ray.train.torch import TorchTrainer
     from ray.train.v2.api.exceptions import TrainingFailedError
 
+    from eagleray.platform.trainer import Trainer
+
     use_gpu = wants_gpu(section)
-    trainer = (trainer_class or TorchTrainer)(
+    trainer = Trainer(
         worker,
         train_loop_config=loop,
         scaling_config=ray.train.ScalingConfig(
@@ -169,7 +162,8 @@ def run_workers(
     withdraw_stop(run.folder)
     stop = SignalStop(run.folder)
     try:
-        summary = stop.call(lambda: trainer.fit().return_value)
+        with _ray_train_settings(section):
+            summary = stop.call(lambda: trainer.fit().return_value)
     except TrainingFailedError as error:
         raise TrainingError(f"{_reason(error)} Resume with `run.dir={run.folder.place}`.") from error
     except KeyboardInterrupt:
@@ -179,44 +173,24 @@ def run_workers(
     return summary
 
 
-def _train_worker(loop: dict[str, Any]) -> dict[str, float] | None:
-    """What runs in each Ray Train worker."""
-    import ray.train
-    import torch
-    import torch.distributed as dist
-    from transformers.utils import logging as transformers_logging
+@contextlib.contextmanager
+def _ray_train_settings(section: RaySection) -> Iterator[None]:
+    """Settings that Ray Train takes from the environment when a run starts; what the user has set stays."""
+    import ray
 
-    # Ray would log every report of every worker; our own progress says what matters.
-    logging.getLogger().setLevel(logging.WARNING)
-    logging.getLogger("eagleray").setLevel(logging.INFO)
-    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
-    transformers_logging.disable_progress_bar()
-    if not torch.cuda.is_available():
-        os.environ["DS_ACCELERATOR"] = "cpu"
-    torch.set_num_threads(loop["threads"])
-    cfg = validate_config(_load(loop["config_class"]), loop["config"], "worker")
-    folder = open_folder(loop["run_dir"])
-    if leads_node():
-        folder.receive_data()
-    dist.barrier()
-    task = _load(loop["task"])(cfg, folder.path / "data")
-    return run_training(task, cfg, folder, report=ray.train.report, evicted=_evicted)
-
-
-def _evicted() -> bool:
-    """Whether Ray has told this worker that a machine of the run will be taken away.
-
-    `ray.train.get_preemption_info` says the same but makes all workers wait for one another through an actor,
-    far too slow for every step; the loop agrees on the answer in a message of its own.
-    """
-    from ray.train.v2._internal.execution.context import get_train_context
-
-    return get_train_context().preemption_context.preemption_info is not None
-
-
-def _load(reference: str) -> Any:
-    module, _, name = reference.partition(":")
-    return getattr(importlib.import_module(module), name)
+    # A report waits until the controller polls, and so does the end of the run; Ray's default is 2 s. It asks each
+    # worker every time, hence less often with many.
+    settings = {"RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": f"{max(0.2, section.max_workers / 500):g}"}
+    if worker_nodes(section) == {ray.get_runtime_context().get_node_id()}:
+        # When this machine is taken away, so is the driver: there is nothing to watch for.
+        settings["RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"] = "0"
+    ours = {name: value for name, value in settings.items() if name not in os.environ}
+    os.environ.update(ours)
+    try:
+        yield
+    finally:
+        for name in ours:
+            os.environ.pop(name, None)
 
 
 def _reason(error: Exception) -> str:

@@ -4,7 +4,7 @@ Tune ends a trial by ending its process; Ray then ends the Train controller and 
 owns. The placement group that reserves the workers' cores and GPUs stays: Ray removes a group only when both
 the actor that made it and the job (the driver's session) are gone. Train's own remedy is a detached actor for
 each run, which asks the dashboard whether the controller lives. It fails where there is no dashboard, or where
-the machine runs a second cluster, and then stays behind itself. So trials do without it (`TrialTrainer`), and
+the machine runs a second cluster, and then stays behind itself. So runs do without it (`platform/trainer.py`), and
 the driver, which outlives its trials, asks Ray's control service directly.
 
 docs/decisions/0004-sweeps.md has the alternatives.
@@ -15,24 +15,13 @@ from __future__ import annotations
 import logging
 import time
 from dataclasses import dataclass
-from typing import Any
 
 import ray
 from ray._private.state import state as global_state
 from ray.core.generated.gcs_pb2 import PlacementGroupTableData  # pyright: ignore[reportAttributeAccessIssue]
-from ray.train.torch import TorchTrainer
-from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 from ray.util.placement_group import PlacementGroup, remove_placement_group
 
 logger = logging.getLogger(__name__)
-
-
-class TrialTrainer(TorchTrainer):
-    """A trainer whose placement group is released by the driver of the sweep, not by an actor of its own."""
-
-    def _create_default_callbacks(self) -> list[Any]:
-        callbacks = super()._create_default_callbacks()
-        return [callback for callback in callbacks if not isinstance(callback, PlacementGroupCleanerCallback)]
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from eagleray.platform import storage
-from eagleray.platform.leftovers import TrialTrainer
 from eagleray.platform.runs import MANIFEST_FILE, RunFolder
 from eagleray.platform.space import SweepPlan, trial_config
 
@@ -36,7 +35,7 @@ def start_trial(
         os.chdir(working_dir)
     config = {**plan.config, "run": {"dir": str(run_dir), "note": note}}
     cfg = trial_config(plan.config_class, config, storage.plain(point), source=note)
-    plan.main(cfg, trainer_class=TrialTrainer, **options)
+    plan.main(cfg, **options)
 
 
 def is_finished(run_dir: Path) -> bool:

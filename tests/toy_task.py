@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import sys
 import tempfile
@@ -120,9 +121,16 @@ def toy_config(*overrides: str) -> ToyConfig:
 
 
 def run_workers(function: Callable[..., None], world_size: int, *args: Any) -> None:
-    """Call `function(rank, *args)` in `world_size` fresh processes joined by gloo."""
+    """Call `function(rank, *args)` in `world_size` fresh processes joined by gloo.
+
+    They are forked from a process that has imported the slow libraries, and has done nothing else.
+    """
+    multiprocessing.set_forkserver_preload(
+        ["deepspeed", "transformers.modeling_utils", "eagleray.platform.training"]
+    )
     with tempfile.TemporaryDirectory() as folder:
-        mp.spawn(_worker, (world_size, f"file://{folder}/store", function, args), nprocs=world_size)
+        args = (world_size, f"file://{folder}/store", function, args)
+        mp.start_processes(_worker, args, nprocs=world_size, start_method="forkserver")
 
 
 def _worker(

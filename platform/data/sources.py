@@ -366,7 +366,8 @@ def _parquet_file(path: Path) -> Iterator[Any]:
     import pyarrow.parquet as pq
 
     try:
-        with pq.ParquetFile(path) as file:
+        # `pre_buffer` would read the whole file into memory before the first batch.
+        with pq.ParquetFile(path, pre_buffer=False) as file:
             yield file
     except (OSError, pa.ArrowException) as error:
         raise DataError(str(path), "not a readable Parquet file", str(error)) from error

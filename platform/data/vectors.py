@@ -54,7 +54,8 @@ def read_vectors(path: str, *, order: str | None = None, ids_only: bool = False)
     try:
         rows = sum(pq.read_metadata(file).num_rows for file in files)
         for file in files:
-            with pq.ParquetFile(file) as parquet:
+            # `pre_buffer` would read the whole file into memory before the first batch.
+            with pq.ParquetFile(file, pre_buffer=False) as parquet:
                 known = parquet.schema_arrow.names
                 missing = [name for name in needed if name not in known]
                 if missing:

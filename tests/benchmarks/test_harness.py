@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -181,16 +182,21 @@ def test_a_dying_side_tells_its_exit_code() -> None:
         side()
 
 
+def _soak(name: str, *keys: str) -> Any:
+    """A benchmark that starts Ray."""
+    return pytest.param(name, {*keys}, marks=pytest.mark.soak)
+
+
 @pytest.mark.ray
 @pytest.mark.parametrize(
     ("name", "keys"),
     [
         ("gram_step", {"speedup", "memory", "mfu"}),
         ("checkpoint_cost", {"share_of_step_time", "beside_over_between"}),
-        ("gram_vs_trl", {"tokens_per_s", "step_overhead"}),
-        ("gram_rank", {"prefix_sharing", "served", "padding"}),
-        ("sweep_cost", {"steps_asha_over_grid"}),
-        ("scaling", {"speedup_2_over_1"}),
+        _soak("gram_vs_trl", "tokens_per_s", "step_overhead"),
+        _soak("gram_rank", "prefix_sharing", "served", "padding"),
+        _soak("sweep_cost", "steps_asha_over_grid"),
+        _soak("scaling", "speedup_2_over_1"),
     ],
 )
 def test_a_benchmark_runs(name: str, keys: set[str]) -> None:
