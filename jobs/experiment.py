@@ -11,10 +11,11 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field, field_validator
 from rich.console import Console
@@ -24,7 +25,8 @@ from eagleray.jobs.registry import JOBS, job_name, load_job
 from eagleray.platform import storage
 from eagleray.platform.config import Config as Section
 from eagleray.platform.config import ConfigError, load_config, to_yaml, validate_config
-from eagleray.platform.experiment import Definition, Stage, merged, plan_stages
+from eagleray.platform.experiment import Definition, Stage, merged, plan_stages, substitute
+from eagleray.platform.experiment_repeat import Repetition, Value, grouped, repeat, repetitions
 from eagleray.platform.experiment_report import Published, Wanted, read_figures, write_experiment
 from eagleray.platform.experiment_run import Need, Outcome, makespan, run_stages
 from eagleray.platform.progress import format_seconds
@@ -48,6 +50,8 @@ class StageSection(Section):
     """Keys over the file's, nested as in a file; `${name}` is the run folder of another stage."""
     after: list[str] = Field(default=[])
     """Stages that must be done before although no key refers to them."""
+    each: dict[str, Annotated[list[Value], Field(min_length=1)]] = Field(default={})
+    """Repeats the stage for all combinations of these values, by name: `{seed: [0, 1, 2]}`."""
     minutes: float | None = Field(default=None, gt=0)
     """About how long it takes on the machine that `size` speaks of, for the estimate of `--dry-run`."""
 
@@ -65,6 +69,9 @@ class ResultSection(Section):
 
     label: str
     stage: str
+    """Its stage; one that is repeated makes a line of each, and `${name}` in `label` is the value."""
+    mean_over: list[str] = Field(default=[])
+    """What the stage is repeated over that the line is a mean over, e.g. `[seed]`; with a 95 % t-interval."""
     metric: str
     """Dotted name in the stage's report, as `eagleray runs show` prints it."""
     unit: str = ""
@@ -99,12 +106,23 @@ class Config(JobConfig):
         bad = [name for name in stages if not name.replace("_", "").replace("-", "").isalnum()]
         if bad:
             raise ValueError(f"`{bad[0]}` cannot name a stage; take letters, digits, _ and -")
+        values = [str(v) for stage in stages.values() for listed in stage.each.values() for v in listed]
+        bad = [value for value in values if not re.fullmatch(r"[A-Za-z0-9_.+-]+", value)]
+        if bad:
+            raise ValueError(
+                f"`{bad[0]}` cannot stand in `each`, whose values become part of names; take letters, digits, _, ., + and -"
+            )
         return stages
 
     @property
     def folder(self) -> Path:
         """The experiment's folder."""
         return Path(self.run.dir or Path(self.run.root, "experiments", self.name)).expanduser().absolute()
+
+    @property
+    def repetitions(self) -> dict[str, Repetition]:
+        """All stages by name, repeated ones as often as `each` says."""
+        return repetitions({name: stage.each for name, stage in self.stages.items()})
 
 
 def main(cfg: Config) -> str:
@@ -142,13 +160,9 @@ def plan(cfg: Config) -> list[Stage]:
     Raises:
         ConfigError: A file can't be read, or references or results name what there is not.
     """
-    for result in cfg.results:
-        if result.stage not in cfg.stages:
-            raise ConfigError(
-                f"`results` takes a figure from a stage `{result.stage}`, which there is not. "
-                f"The stages are: {', '.join(cfg.stages)}."
-            )
-    return plan_stages({name: _definition(name, stage) for name, stage in cfg.stages.items()}, cfg.folder)
+    _wanted(cfg)
+    written = {name: _definition(name, stage) for name, stage in cfg.stages.items()}
+    return plan_stages(repeat(written, cfg.repetitions), cfg.folder)
 
 
 def dry_run(cfg: Config, console: Console) -> None:
@@ -229,7 +243,8 @@ def _needs(cfg: Config, stages: Sequence[Stage]) -> tuple[dict[str, Need], Need]
     for stage in todo:
         if cfg.ray.address is not None:
             stage.values["ray"] = {**(stage.values.get("ray") or {}), "address": cfg.ray.address}
-        source = f"`stages.{stage.name}` ({cfg.stages[stage.name].config or 'set'})"
+        section = cfg.stages[cfg.repetitions[stage.name].stage]
+        source = f"`stages.{stage.name}` ({section.config or 'set'})"
         checked = validate_config(load_job(stage.job).Config, {"job": stage.job, **stage.values}, source)
         need = needs[stage.name] = _need(checked.ray, have)
         if need.cpus > have.cpus or need.gpus > have.gpus:
@@ -274,29 +289,42 @@ def _local_gpus() -> int:
 
 
 def _estimate(cfg: Config, stage: Stage) -> float | None:
-    """Seconds: of the last finished run of a stage of this name here, else what the file says."""
-    runs = [path.parent for path in stage.folder.parent.glob(f"{stage.name}-*/{MANIFEST_FILE}")]
+    """Seconds: of the last finished run of this stage or a repetition of it here, else what the file says."""
+    name = cfg.repetitions[stage.name].stage
+    runs = [path.parent for path in stage.folder.parent.glob(f"{name}-*/{MANIFEST_FILE}")]
     taken = [
         (manifest["ended"], float(manifest["wall_seconds"]))
         for manifest in (storage.read_json(run / MANIFEST_FILE) for run in runs)
         if manifest.get("status") == "finished" and manifest.get("job") == stage.job
     ]
-    minutes = cfg.stages[stage.name].minutes
+    minutes = cfg.stages[name].minutes
     return max(taken)[1] if taken else None if minutes is None else minutes * 60
 
 
 def _wanted(cfg: Config) -> list[Wanted]:
-    return [
-        Wanted(
-            r.label,
-            r.stage,
-            r.metric,
-            r.unit,
-            r.scale,
-            None if r.published is None else Published(r.published.value, r.published.setting),
-        )
-        for r in cfg.results
-    ]
+    """The lines of the table.
+
+    Raises:
+        ConfigError: A line is of a stage that there is not, or several lines would have one label.
+    """
+    lines: dict[str, Wanted] = {}
+    for result in cfg.results:
+        groups = grouped(cfg.repetitions, result.stage, result.mean_over)
+        if not groups:
+            raise ConfigError(
+                f"`results` takes a figure from a stage `{result.stage}`, which there is not. "
+                f"The stages are: {', '.join(cfg.stages)}."
+            )
+        published = result.published and Published(result.published.value, result.published.setting)
+        for values, stages in groups:
+            label = str(substitute(result.label, values))
+            if label in lines:
+                raise ConfigError(
+                    f"`results` has two lines `{label}`. Give them labels of their own; `{result.stage}` is repeated over "
+                    f"{', '.join(values) or 'nothing'}, which a label names as `${{...}}` or `mean_over` takes together."
+                )
+            lines[label] = Wanted(label, stages, result.metric, result.unit, result.scale, published)
+    return list(lines.values())
 
 
 def _raise_if_failed(outcomes: Mapping[str, Outcome], stages: Sequence[Stage], root: Path) -> None:

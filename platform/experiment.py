@@ -44,10 +44,14 @@ class Definition:
     """Stages that must be done before although the config does not refer to them."""
 
     @property
+    def references(self) -> set[str]:
+        """Names that stand in `${...}`."""
+        return {name for text in _texts(self.values) for name in _REFERENCE.findall(text)}
+
+    @property
     def needs(self) -> tuple[str, ...]:
         """Stages that come before, by name."""
-        named = {name for text in _texts(self.values) for name in _REFERENCE.findall(text)}
-        return tuple(sorted({*named, *self.after}))
+        return tuple(sorted({*self.references, *self.after}))
 
 
 @dataclass(frozen=True)
@@ -140,14 +144,17 @@ def run_order(needs: Mapping[str, tuple[str, ...]]) -> list[str]:
     return order
 
 
-def substitute(values: Any, places: Mapping[str, str]) -> Any:
-    """Nested values with every `${name}` replaced.
+def substitute(values: Any, places: Mapping[str, Any]) -> Any:
+    """Nested values with every `${name}` replaced that `places` holds; one that stands alone keeps its type.
 
-    >>> substitute({"model": {"path": "${a}/model"}, "n": 1}, {"a": "/runs/a"})
+    >>> substitute({"model": {"path": "${a}/model"}, "n": "${n}"}, {"a": "/runs/a", "n": 1})
     {'model': {'path': '/runs/a/model'}, 'n': 1}
     """
     if isinstance(values, str):
-        return _REFERENCE.sub(lambda match: places[match.group(1)], values)
+        alone = _REFERENCE.fullmatch(values)
+        if alone and alone[1] in places:
+            return places[alone[1]]
+        return _REFERENCE.sub(lambda match: str(places.get(match[1], match[0])), values)
     if isinstance(values, Mapping):
         return {key: substitute(value, places) for key, value in values.items()}
     if isinstance(values, list | tuple):

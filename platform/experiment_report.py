@@ -11,6 +11,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from eagleray.platform import storage
@@ -18,6 +19,7 @@ from eagleray.platform.experiment import Stage
 from eagleray.platform.experiment_run import Outcome
 from eagleray.platform.progress import format_seconds
 from eagleray.platform.runs import REPORT_FILE
+from eagleray.platform.sweep_results import interval_95
 
 logger = logging.getLogger(__name__)
 
@@ -36,9 +38,10 @@ class Wanted:
     """One line of the table: which figure of which stage."""
 
     label: str
-    stage: str
+    stages: Sequence[str]
+    """Of which stage; of several, the mean with its t-interval."""
     metric: str
-    """Dotted name in the stage's `report.json`, as `eagleray runs show` prints it; positions in lists count from 0."""
+    """Dotted name in a stage's `report.json`, as `eagleray runs show` prints it; positions in lists count from 0."""
     unit: str
     scale: float
     published: Published | None
@@ -50,6 +53,7 @@ class Figure:
 
     label: str
     stage: str
+    """All of them if it is a mean."""
     metric: str
     unit: str
     value: float | None
@@ -61,10 +65,10 @@ class Figure:
 def read_figures(wanted: Sequence[Wanted], stages: Mapping[str, Stage]) -> list[Figure]:
     """The figures that the stages' reports hold; one that is missing is told and has no value."""
     reports: dict[str, dict[str, Any]] = {}
-    for name in {line.stage for line in wanted}:
+    for name in {name for line in wanted for name in line.stages}:
         path = stages[name].folder / REPORT_FILE
         reports[name] = dict(_entries(storage.read_json(path), "")) if path.is_file() else {}
-    return [_figure(line, reports[line.stage]) for line in wanted]
+    return [_figure(line, reports) for line in wanted]
 
 
 def write_experiment(
@@ -151,20 +155,40 @@ def plot_figures(figures: Sequence[Figure], path: Path, *, title: str, setting: 
     canvas.savefig(path, dpi=120)
 
 
-def _figure(line: Wanted, report: Mapping[str, Any]) -> Figure:
-    value, low, high = report.get(line.metric), None, None
-    if f"{line.metric}.value" in report:  # an estimate with its interval
-        value, low, high = (report[f"{line.metric}.{part}"] for part in ("value", "low", "high"))
+def _figure(line: Wanted, reports: Mapping[str, Mapping[str, Any]]) -> Figure:
+    found = [_estimate(line.metric, name, reports[name]) for name in line.stages]
+    value, low, high = found[0]
+    if len(found) > 1:
+        known = [estimate[0] for estimate in found if estimate[0] is not None]
+        value = low = high = None
+        if len(known) == len(found):  # else a mean over other seeds than the line says
+            half = interval_95(known)
+            assert half is not None, "several values have an interval"
+            value = fmean(known)
+            low, high = value - half, value + half
+    scaled = [None if x is None else x * line.scale for x in (value, low, high)]
+    return Figure(
+        line.label, ", ".join(line.stages), line.metric, line.unit, *scaled, published=line.published
+    )
+
+
+def _estimate(
+    metric: str, stage: str, report: Mapping[str, Any]
+) -> tuple[float | None, float | None, float | None]:
+    """A figure and, if the report has one, its interval."""
+    value, low, high = report.get(metric), None, None
+    if f"{metric}.value" in report:
+        value, low, high = (report[f"{metric}.{part}"] for part in ("value", "low", "high"))
     if report and not isinstance(value, int | float):
-        near = difflib.get_close_matches(line.metric, report, n=3, cutoff=0.4)
+        near = difflib.get_close_matches(metric, report, n=3, cutoff=0.4)
         logger.warning(
             "`%s` is no number in the report of `%s`; near are: %s.",
-            line.metric,
-            line.stage,
+            metric,
+            stage,
             ", ".join(near) or "none",
         )
-    found = [float(x) * line.scale if isinstance(x, int | float) else None for x in (value, low, high)]
-    return Figure(line.label, line.stage, line.metric, line.unit, *found, published=line.published)
+    value, low, high = (float(x) if isinstance(x, int | float) else None for x in (value, low, high))
+    return value, low, high
 
 
 def _entries(value: Any, name: str) -> list[tuple[str, Any]]:

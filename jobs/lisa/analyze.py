@@ -49,13 +49,13 @@ def main(cfg: Config) -> dict[str, Any]:
         blocks = cfg.data.blocks(load_tokenizer(cfg.model), "dev")
         similarity = layer_similarity(
             model,
-            [text for batch in as_texts(blocks[: cfg.similarity_blocks]) for text in batch],
+            [text for batch in as_texts(blocks, count=cfg.similarity_blocks) for text in batch],
             adjacent_only=not cfg.all_pairs,
             drop_first_key=cfg.drop_first_key,
         )
         layers = range(1, model.config.num_hidden_layers)
         orders = {i: similarity.permutation(i - 1, i).tolist() for i in layers}
-        texts = as_texts(blocks[: cfg.probe_blocks])
+        texts = as_texts(blocks, count=cfg.probe_blocks)
         probes = {
             "shared": probe_sharing(model, texts),
             "shared, heads permuted": probe_sharing(model, texts, permutations=orders),

@@ -2,26 +2,30 @@
 
     python -m eagleray.jobs.lisa.evaluate --config configs/lisa/evaluate_tiny.yaml
 
-The first model is the reference. With `baselines` each converted model stands beside two models that nobody trained: the
-reference with plain sharing at the same layers, and with the heads in the order that fits best. `tasks` needs
-lm-evaluation-harness (`pip install 'eagleray[lm-eval]'`). Speed, memory and cache are the business of `lisa.measure`.
+The first model is the reference. Perplexities, and their ratios to the reference's, have 95 % bootstrap intervals over
+blocks of text; a ratio is of the same blocks, and so surer than either of the two. With `baselines` each converted model
+stands beside two models that nobody trained: the reference with plain sharing at the same layers, and with the heads in
+the order that fits best. `tasks` needs lm-evaluation-harness (`pip install 'eagleray[lm-eval]'`). Speed, memory and
+cache are the business of `lisa.measure`.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
+from dataclasses import asdict
 from typing import Any, Literal
 
+import numpy as np
 from pydantic import Field
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 import eagleray.models.lisa.model  # noqa: F401 - registers the converted models
 from eagleray.jobs.lisa.sections import BlocksSection, as_texts
+from eagleray.models.gram.metrics import bootstrap
 from eagleray.models.lisa.accounting import added_parameters
 from eagleray.models.lisa.baselines import direct_sharing, permuted_direct_sharing
-from eagleray.models.lisa.probe import token_loss
+from eagleray.models.lisa.probe import text_losses
 from eagleray.models.lisa.similarity import layer_similarity
 from eagleray.models.lisa.spec import LisaSpec
 from eagleray.platform.config import Config as Section
@@ -56,7 +60,8 @@ class Config(JobConfig):
     """Name -> model; the first is the reference, whose tokenizer all of them use."""
     data: BlocksSection
     baselines: bool = False
-    """Also evaluate what sharing without training makes of the reference, at the layers of each converted model."""
+    """Also evaluate what sharing without training makes of the reference, at the layers of each converted model (once
+    for models with the same layers)."""
     order_blocks: int = Field(default=4, ge=1)
     """Blocks of training text that decide the order of heads of the second baseline."""
     tasks: TasksSection | None = None
@@ -73,13 +78,13 @@ def main(cfg: Config) -> dict[str, Any]:
         report: dict[str, Any] = {}
         reference = None
         for name, model in _subjects(cfg, tokenizer):
-            loss = token_loss(model, texts)
-            reference = loss if reference is None else reference
+            losses = text_losses(model, texts).numpy()
+            reference = losses if reference is None else reference
             spec = LisaSpec.from_dict(getattr(model.config, "lisa_attention", None) or {})
             report[name] = {
-                "loss": loss,
-                "perplexity": math.exp(min(loss, 700.0)),
-                "perplexity_over_reference": math.exp(min(loss - reference, 700.0)),
+                "loss": float(losses.mean()),
+                "perplexity": _exponential(losses),
+                "perplexity_over_reference": _exponential(losses - reference),
                 "parameters": model.num_parameters(),
                 "added_parameters": added_parameters(model.config, spec),
                 "shared_layers": list(spec.shared_layers),
@@ -92,21 +97,27 @@ def main(cfg: Config) -> dict[str, Any]:
 
 def _subjects(cfg: Config, tokenizer: Any) -> Iterator[tuple[str, Any]]:
     """Name and model; the reference stays in memory, of the others one at a time."""
-    reference, orders = None, None
+    reference, orders, done = None, None, set[tuple[int, ...]]()
     for name, section in cfg.models.items():
         model = load_pretrained(AutoModelForCausalLM, section).eval()
         yield name, model
         reference = model if reference is None else reference
         layers = LisaSpec.from_dict(getattr(model.config, "lisa_attention", None) or {}).shared_layers
-        if not cfg.baselines or not layers:
+        if not cfg.baselines or not layers or layers in done:
             continue
+        done.add(layers)
         if orders is None:
-            text: list[Tensor] = [
-                row for b in as_texts(cfg.data.blocks(tokenizer, "train")[: cfg.order_blocks]) for row in b
-            ]
+            train = cfg.data.blocks(tokenizer, "train")
+            text: list[Tensor] = [row for batch in as_texts(train, count=cfg.order_blocks) for row in batch]
             orders = layer_similarity(reference, text, adjacent_only=True)
         yield f"{name}: direct sharing", direct_sharing(reference, layers)
         yield f"{name}: direct sharing, heads permuted", permuted_direct_sharing(reference, layers, orders)
+
+
+def _exponential(losses: np.ndarray) -> dict[str, float]:
+    """exp of the mean of one number a block, with its interval."""
+    found = bootstrap(lambda means_RK: np.exp(np.minimum(means_RK[:, 0], 700.0)), losses[:, None])
+    return asdict(found)
 
 
 def _harness() -> Any:

@@ -29,7 +29,9 @@ class BlocksSection(TextData):
     block_length: int = Field(default=512, ge=16)
     """Tokens of a block."""
     max_blocks: int | None = Field(default=None, ge=1)
-    """Use only the first blocks of each part."""
+    """Use only so many blocks of each part, at equal distances, so that every file counts; default: all."""
+    max_dev_blocks: int | None = Field(default=None, ge=1)
+    """The same for the development part alone; default: as `max_blocks`."""
 
     def blocks(self, tokenizer: Any, part: Literal["train", "dev"]) -> np.ndarray:
         """Token ids, int32, [blocks, block_length]."""
@@ -38,7 +40,8 @@ class BlocksSection(TextData):
             for text in iter_texts(self, part)
         )
         eos = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else 0
-        return pack_tokens(ids, block_length=self.block_length, eos_id=eos)[: self.max_blocks]
+        most = self.max_blocks if part == "train" else self.max_dev_blocks or self.max_blocks
+        return _spread(pack_tokens(ids, block_length=self.block_length, eos_id=eos), most)
 
 
 class AlignSection(Section):
@@ -162,7 +165,7 @@ def convert_model(
         ConfigError: The sections do not fit the model.
     """
     share.check_model(model.config)
-    texts = as_texts(blocks[: start.blocks])
+    texts = as_texts(blocks, count=start.blocks)
     try:
         spec = share.spec(choose_layers(share, model, texts))
         return convert(model, spec, texts, start=Start(align=start.align, low_rank=start.low_rank, seed=seed))
@@ -170,6 +173,12 @@ def convert_model(
         raise ConfigError(f"`share`: {error}") from error
 
 
-def as_texts(blocks: np.ndarray, *, batch: int = 4) -> list[Tensor]:
-    """Blocks as batches of token ids [B, T]."""
-    return list(torch.from_numpy(blocks.astype("int64")).split(batch))
+def as_texts(blocks: np.ndarray, *, count: int | None = None, batch: int = 4) -> list[Tensor]:
+    """Blocks, or `count` of them at equal distances, as batches of token ids [B, T]."""
+    return list(torch.from_numpy(_spread(blocks, count).astype("int64")).split(batch))
+
+
+def _spread(blocks: np.ndarray, count: int | None) -> np.ndarray:
+    if count is None or count >= len(blocks):
+        return blocks
+    return blocks[np.linspace(0, len(blocks) - 1, count).round().astype(int)]

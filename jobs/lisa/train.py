@@ -275,7 +275,7 @@ def prepare_sweep(cfg: Config, folder: Path) -> dict[str, Any]:
     if cfg.student is None and share.layers is None and share.select == "greedy" and share.analysis is None:
         found["share.analysis"] = str(folder / "probe.json")
         if not (folder / "probe.json").exists():
-            write_probe(teacher, as_texts(blocks["train"][: cfg.start.blocks]), folder / "probe.json")
+            write_probe(teacher, as_texts(blocks["train"], count=cfg.start.blocks), folder / "probe.json")
     return found
 
 

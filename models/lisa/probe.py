@@ -19,15 +19,21 @@ NOISE = (0.05, 0.1, 0.2, 0.5)
 """Standard deviations of the noise, in those of the scores."""
 
 
-@torch.no_grad()
 def token_loss(model: Any, texts: Sequence[Tensor]) -> float:
     """Mean negative log-likelihood of token ids [B, T] under a causal language model."""
-    total, count = 0.0, 0
+    counts = torch.tensor([len(row) - 1 for ids in texts for row in ids])
+    return (text_losses(model, texts) @ counts.double() / counts.sum()).item()
+
+
+@torch.no_grad()
+def text_losses(model: Any, texts: Sequence[Tensor]) -> Tensor:
+    """Mean negative log-likelihood of each text, float64, [N]; token ids are batches [B, T] without padding."""
+    losses = []
     for ids in texts:
         logits = model(input_ids=ids, use_cache=False).logits[:, :-1]
-        total += F.cross_entropy(logits.flatten(0, 1).float(), ids[:, 1:].flatten(), reduction="sum").item()
-        count += ids[:, 1:].numel()
-    return total / count
+        loss_N = F.cross_entropy(logits.flatten(0, 1).float(), ids[:, 1:].flatten(), reduction="none")
+        losses.append(loss_N.double().view(len(ids), -1).mean(1).cpu())
+    return torch.cat(losses)
 
 
 def probe_sharing(

@@ -104,6 +104,29 @@ def test_mistakes_in_the_file_are_told_at_once(change: dict[str, Any], message: 
 def test_a_stage_name_must_be_a_file_name(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="`a/b` cannot name a stage"):
         validate_config(experiment.Config, _values(stages={"a/b": {}}), "test")
+    with pytest.raises(ConfigError, match="`a/b` cannot stand in `each`"):
+        validate_config(experiment.Config, _values(stages={"a": {"each": {"path": ["a/b"]}}}), "test")
+
+
+def test_a_repeated_stage_makes_lines_and_means(tmp_path: Path) -> None:
+    """Two sizes, two seeds: a line a size, each the mean of the two stages; labels that would be equal are refused."""
+    values = _values(run={"root": str(tmp_path)})
+    data = values["stages"]["data"]
+    data["each"] = {"pairs": [12, 14], "seed": [0, 1]}
+    data["set"] |= {"pairs": "${pairs}", "seed": "${seed}"}
+    values["stages"]["choose"]["each"] = data["each"]
+    line = {**values["results"][0], "label": "of ${pairs}", "mean_over": ["seed"]}
+    cfg = validate_config(experiment.Config, {**values, "results": [line]}, "test")
+    stages = {stage.name: stage for stage in experiment.plan(cfg)}
+    assert len(stages) == 8 and stages["data-14-1"].values["pairs"] == 14
+    assert set(experiment._needs(cfg, list(stages.values()))[0]) == set(stages)
+    assert [(line.label, line.stages) for line in experiment._wanted(cfg)] == [
+        ("of 12", ["data-12-0", "data-12-1"]),
+        ("of 14", ["data-14-0", "data-14-1"]),
+    ]
+    cfg = validate_config(experiment.Config, {**values, "results": [{**line, "mean_over": []}]}, "test")
+    with pytest.raises(ConfigError, match=r"two lines `of 12`.*repeated over pairs, seed"):
+        experiment.plan(cfg)
 
 
 def test_configs_of_all_stages_are_checked_before_the_first_starts(tmp_path: Path) -> None:
@@ -128,4 +151,4 @@ def test_shipped_experiments_fit_together(
     monkeypatch.setattr(experiment, "_local_gpus", lambda: 1000)
     stages = experiment.plan(cfg)
     needs, _ = experiment._needs(cfg, stages)
-    assert set(needs) == set(cfg.stages) and cfg.name == path.stem
+    assert set(needs) == set(cfg.repetitions) and cfg.name == path.stem

@@ -100,7 +100,7 @@ def test_merging_replaces_lists_and_nulls_but_enters_sections() -> None:
     over = {"data": {"train": [5]}, "scratch": None, "model": {"path": "m"}}
     expected = {"data": {"train": [5], "limit": 3}, "scratch": None, "model": {"path": "m"}}
     assert merged(base, over) == expected
-    assert substitute(["${a}-${b}", 1], {"a": "x", "b": "y"}) == ["x-y", 1]
+    assert substitute(["${a}-${b}", 1, "${b}"], {"a": "x", "b": 2.5}) == ["x-2.5", 1, 2.5]
 
 
 def _stages(**needs: tuple[str, ...]) -> list[Stage]:

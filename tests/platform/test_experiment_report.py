@@ -25,7 +25,7 @@ def _stage(folder: Path) -> Stage:
 
 
 def _wanted(metric: str, published: Published | None = None) -> Wanted:
-    return Wanted("ours", "evaluate", metric, "%", 100, published)
+    return Wanted("ours", ["evaluate"], metric, "%", 100, published)
 
 
 def test_figures_come_scaled_with_their_interval(tmp_path: Path) -> None:
@@ -34,6 +34,22 @@ def test_figures_come_scaled_with_their_interval(tmp_path: Path) -> None:
     estimate, plain = read_figures(wanted, {"evaluate": stage})
     assert (estimate.value, estimate.low, estimate.high) == (50, 25, 75)
     assert (plain.value, plain.low, plain.high) == (200, None, None)
+
+
+def test_a_mean_has_an_interval_of_its_own_or_no_value(tmp_path: Path) -> None:
+    """1 and 3: mean 2, and t(0.975; 1) = 12.706 times the standard error 1; without one of them there is no mean."""
+    stages = {}
+    for name, report in {"a": {"loss": 1.0}, "b": {"loss": {"value": 3.0, "low": 2.9, "high": 3.1}}}.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "report.json").write_text(json.dumps(report))
+        stages[name] = Stage(name, "toy", {}, (), (), name, tmp_path / name)
+    wanted = Wanted("mean", ["a", "b"], "loss", "%", 10, None)
+    [figure] = read_figures([wanted], stages)
+    found = (figure.value, figure.low, figure.high)
+    assert found == pytest.approx((20, 20 - 127.062, 20 + 127.062), abs=1e-3) and figure.stage == "a, b"
+    (tmp_path / "b" / "report.json").unlink()
+    [figure] = read_figures([wanted], stages)
+    assert (figure.value, figure.low, figure.high) == (None, None, None)
 
 
 def test_a_figure_that_is_not_there_is_told_with_its_neighbours(

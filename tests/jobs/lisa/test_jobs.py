@@ -23,9 +23,9 @@ from eagleray.models.lisa.delta import load_delta
 from eagleray.models.lisa.distill import is_lisa_parameter
 from eagleray.models.lisa.probe import token_loss
 from eagleray.platform.config import ConfigError, load_config
-from eagleray.platform.pretrained import load_tokenizer
+from eagleray.platform.pretrained import load_pretrained, load_tokenizer
 from eagleray.platform.runs import RunFolder
-from eagleray.platform.sections import LoraSection
+from eagleray.platform.sections import LoraSection, ModelSection
 from eagleray.platform.space import limit_space
 
 CONFIGS = Path(__file__).parents[3] / "configs" / "lisa"
@@ -70,7 +70,8 @@ def test_analysis_feeds_conversion(teacher: Path, tmp_path: Path) -> None:
     ids = torch.arange(10, 30)[None]
     assert torch.equal(load_delta(base, run.path / "delta")(ids).logits, whole(ids).logits)
     models = [f"models.full.path={teacher}", f"models.shared.path={run.model}"]
-    found = evaluate.main(load(evaluate.Config, teacher, tmp_path, *models))
+    again = f"models.again.path={run.model}"
+    found = evaluate.main(load(evaluate.Config, teacher, tmp_path, *models, again))
     assert found["full"]["loss"] == pytest.approx(converted["loss_full"], abs=1e-5)
     assert found["shared"]["loss"] == pytest.approx(converted["loss"], abs=1e-5)
     assert list(found) == [
@@ -78,7 +79,9 @@ def test_analysis_feeds_conversion(teacher: Path, tmp_path: Path) -> None:
         "shared",
         "shared: direct sharing",
         "shared: direct sharing, heads permuted",
+        "again",
     ]
+    _with_intervals(found)
     plain = found["shared: direct sharing"]
     cfg = load(convert.Config, teacher, tmp_path)
     held_out = as_texts(cfg.data.blocks(load_tokenizer(cfg.model), "dev"))
@@ -88,6 +91,16 @@ def test_analysis_feeds_conversion(teacher: Path, tmp_path: Path) -> None:
     assert found["shared"]["added_parameters"] == converted["added_parameters"]
     assert json.loads((tmp_path / "lisa.evaluate" / "report.json").read_text()) == found
     _measured(load(measure.Config, teacher, tmp_path, *models), converted)
+
+
+def _with_intervals(found: dict[str, Any]) -> None:
+    """Perplexity is exp(loss) with blocks to either side; a ratio to itself is 1 whatever blocks are drawn."""
+    for result in found.values():
+        perplexity = result["perplexity"]
+        assert perplexity["value"] == pytest.approx(np.exp(result["loss"]))
+        assert perplexity["low"] < perplexity["value"] < perplexity["high"]
+    assert found["full"]["perplexity_over_reference"] == {"value": 1, "low": 1, "high": 1}
+    assert found["again"] == found["shared"]
 
 
 def _measured(cfg: measure.Config, converted: dict[str, Any]) -> None:
@@ -171,6 +184,38 @@ def test_both_phases_train(teacher: Path, tmp_path: Path, ray_cluster: None) -> 
     assert any(not torch.equal(start[name], end[name]) for name in start)
     assert all(torch.equal(end[name], base[name]) for name in end if not is_lisa_parameter(name))
     assert second.summary["language_model"] > 0 and second.summary["distillation"] > 0
+
+
+def test_blocks_are_taken_from_everywhere(teacher: Path, tmp_path: Path) -> None:
+    """Three of ten are the first, a middle one and the last; the development part may have a number of its own."""
+    texts = as_texts(np.arange(20).reshape(10, 2), count=3, batch=2)
+    assert [text[:, 0].tolist() for text in texts] == [[0, 8], [18]]
+    limits = ["data.max_blocks=3", "data.max_dev_blocks=2"]
+    cfg = load(convert.Config, teacher, tmp_path, *limits)
+    tokenizer = load_tokenizer(cfg.model)
+    assert [len(cfg.data.blocks(tokenizer, part)) for part in ("train", "dev")] == [3, 2]
+
+
+def test_direct_sharing_can_be_trained_by_an_adapter(teacher: Path, tmp_path: Path) -> None:
+    """It adds no weights of its own; the loss reaches every adapter, and what was saved is what was trained."""
+    share = ["share.layers=[2,3]", "share.rank=0", "share.align={kind: identity, width: null}"]
+    cfg = load(lisa_train.Config, teacher, tmp_path, *share, "phase=end_to_end", "lora={rank: 2}")
+    with RunFolder.create(lisa_train.JOB, cfg).recording() as run:
+        lisa_train._prepare(cfg, run)
+    task = lisa_train.LisaTask(cfg, run.data)
+    model: Any = task.build_model()
+    batch = task.train_batch([0, 1], step=0).tensors
+    task.loss(model, batch)[0].backward()
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    assert trained and all("lora_" in name for name in trained)
+    assert all(p.grad is not None for p in trained.values())
+    for p in trained.values():
+        torch.nn.init.normal_(p, std=0.1)
+    model.save_pretrained(tmp_path / "adapter")
+    again = load_pretrained(AutoModelForCausalLM, ModelSection(path=str(tmp_path / "adapter"))).eval()
+    ids = batch["input_ids"]
+    torch.testing.assert_close(again(ids).logits, model.eval()(ids).logits)
+    assert tuple(again.config.lisa_attention["shared_layers"]) == (2, 3)
 
 
 def test_an_adapter_holds_what_was_added(teacher: Path, tmp_path: Path) -> None:
