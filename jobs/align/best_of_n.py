@@ -2,8 +2,8 @@
 
     python -m eagleray.jobs.align.best_of_n --config configs/align/best_of_n_tiny.yaml
 
-Candidates come from files: rows with a prompt and a list of answers with their true scores, from whatever source.
-Scorers are a GRAM judge by any of its ranking methods, a discriminative reward model, and the baselines `longest`,
+Candidates come from files: rows with a prompt and a list of answers, from `align.sample` or whatever source, with their true
+scores, or with a gold model or rule that gives them. Scorers are a GRAM judge by any of its ranking methods, a discriminative reward model, and the baselines `longest`,
 `first` and (always there) a random choice. Curves over n are expectations over all subsets of n candidates, with
 intervals over prompts, against the bound of the KL divergence, ln n - (n - 1)/n.
 """
@@ -13,20 +13,22 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import combinations
 from pathlib import Path
 from random import Random
 from typing import Any, Literal
 
 import numpy as np
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, model_validator
 from rich.console import Console
 from rich.table import Table
 
+from eagleray.jobs.align.gold import GoldSection
 from eagleray.jobs.gram.evaluate import build_scorer
 from eagleray.models.gram.alignment import kl_best_of_n
-from eagleray.models.gram.best_of_n import SWEEP, best_by_judge, expected_best
+from eagleray.models.gram.best_of_n import best_by_judge, expected_curve, sweep_up_to
+from eagleray.models.gram.checks import CHECKS, last_number
 from eagleray.models.gram.discriminative import DiscriminativeScorer
 from eagleray.models.gram.metrics import mean_estimate
 from eagleray.platform.cluster import connected
@@ -34,7 +36,7 @@ from eagleray.platform.config import Config as Section
 from eagleray.platform.data.sources import DataError, SourceConfig, file_hashes, read_rows
 from eagleray.platform.runs import RunFolder
 from eagleray.platform.scoring import Row, Score, map_with_model
-from eagleray.platform.sections import JobConfig
+from eagleray.platform.sections import JobConfig, ModelPath
 
 JOB = "align.best_of_n"
 logger = logging.getLogger(__name__)
@@ -53,6 +55,8 @@ class CandidateColumns(Section):
     """True score of an answer: a number, or true and false."""
     model: str = "model"
     """Which model wrote the answer; may be missing."""
+    reference: str = "reference"
+    """Reference answer of a row, for a `gold` of kind judge or last_number."""
 
 
 class CandidateSet(Section):
@@ -60,6 +64,8 @@ class CandidateSet(Section):
 
     source: SourceConfig
     columns: CandidateColumns = CandidateColumns()
+    gold: GoldSection | None = None
+    """How good the answers are, if the rows do not say so: then no column `score` is read."""
     without: list[str] = Field(default=[])
     """Models whose answers are left out, e.g. one that wins nearly always."""
     least: int = Field(default=2, ge=2)
@@ -71,7 +77,7 @@ class ScorerSection(Section):
 
     kind: Literal["judge", "discriminative", "longest", "first"]
     """`judge` (GRAM), `discriminative`, the longest answer, or the first of the row."""
-    path: str | None = None
+    path: ModelPath | None = None
     """Model folder or hub name, for `judge` and `discriminative`."""
     method: Literal["round_robin", "bracket", "linear", "reference"] = "round_robin"
     """How a judge ranks n answers. `reference`: by the probability to beat one answer of the row, its first, which then is
@@ -84,11 +90,6 @@ class ScorerSection(Section):
         if (self.kind in ("judge", "discriminative")) != (self.path is not None):
             raise ValueError("`path` belongs to a scorer of kind judge or discriminative, and only there")
         return self
-
-    @field_validator("path")
-    @classmethod
-    def _local_folders_are_absolute(cls, path: str | None) -> str | None:
-        return str(Path(path).absolute()) if path is not None and Path(path).exists() else path
 
 
 class Config(JobConfig):
@@ -125,6 +126,7 @@ class Group:
     answers: list[str]
     qualities: list[float]
     models: list[str]
+    reference: str = ""
 
 
 def main(cfg: Config) -> dict[str, Any]:
@@ -134,7 +136,9 @@ def main(cfg: Config) -> dict[str, Any]:
         The report: `sets` -> name -> `scorers` -> name -> one row an n; `random`, `oracle`, `models`.
     """
     with RunFolder.create(JOB, cfg).recording() as run, connected(cfg.ray):
-        groups = {name: load_candidates(section) for name, section in cfg.sets.items()}
+        groups = {
+            name: _graded(load_candidates(section), section.gold, cfg) for name, section in cfg.sets.items()
+        }
         hashes = {k: v for section in cfg.sets.values() for k, v in file_hashes(section.source).items()}
         run.update_manifest(data_hashes=hashes)
         report = {"sets": {name: _report(cfg, found) for name, found in groups.items()}}
@@ -147,32 +151,44 @@ def main(cfg: Config) -> dict[str, Any]:
 
 
 def load_candidates(section: CandidateSet) -> list[Group]:
-    """Read a set.
+    """Read a set; where a gold score is to be given, qualities are 0 so far.
 
     Raises:
         DataError: A row does not fit, or none is left.
     """
     columns, groups = section.columns, []
+    graded = section.gold is None
     for row in read_rows(section.source):
         if isinstance(row, DataError):
             raise row
         try:
             found = [
-                (str(c[columns.text]), float(c[columns.score]), str(c.get(columns.model, "")))
+                (
+                    str(c[columns.text]),
+                    float(c[columns.score]) if graded else 0.0,
+                    str(c.get(columns.model, "")),
+                )
                 for c in row.values[columns.candidates]
             ]
             prompt = str(row.values[columns.prompt])
         except (KeyError, TypeError, ValueError, AttributeError) as error:
-            wanted = (
-                f"`{columns.prompt}`, and `{columns.candidates}` with `{columns.text}` and `{columns.score}`"
+            wanted = f"`{columns.prompt}`, and `{columns.candidates}` with `{columns.text}`" + (
+                f" and `{columns.score}`; without true scores give the set a `gold`" if graded else ""
             )
             raise DataError(row.where, f"is no row of candidates ({error!r})", f"it needs {wanted}") from None
+        reference = row.values.get(columns.reference)
+        if section.gold is not None and section.gold.kind in ("judge", "last_number"):
+            if not isinstance(reference, str) or not reference.strip():
+                reason = f"`{columns.reference}` is no text"
+                raise DataError(row.where, reason, f"a `gold` of kind {section.gold.kind} compares with it")
+            if section.gold.kind == "last_number" and last_number(reference) is None:
+                raise DataError(row.where, f"`{columns.reference}` holds no number", f"{reference[:60]!r}")
         kept = [c for c in found if c[2] not in section.without]
         if not all(math.isfinite(score) for _, score, _ in kept):
             raise DataError(row.where, f"`{columns.score}` is not a finite number", "true scores are needed")
         if len(kept) >= section.least:
             texts, scores, models = map(list, zip(*kept, strict=True))
-            groups.append(Group(prompt, texts, scores, models))
+            groups.append(Group(prompt, texts, scores, models, str(reference or "")))
     if not groups:
         raise DataError(section.source.path, "no prompt is left", f"`least` is {section.least}")
     return groups
@@ -220,8 +236,8 @@ def _report(cfg: Config, groups: Sequence[Group]) -> dict[str, Any]:
     shared = any(s.kind == "judge" and s.method == "reference" for s in cfg.scorers.values())
     # A reference is no candidate, for any scorer: all curves are over the same answers.
     pools = [Group(g.prompt, g.answers[1:], g.qualities[1:], g.models[1:]) if shared else g for g in groups]
-    most = min(len(pool.answers) for pool in pools)
-    sweep = [n for n in SWEEP if n < most] + [most]
+    sweep = sweep_up_to(min(len(pool.answers) for pool in pools))
+    qualities = [pool.qualities for pool in pools]
     picked: dict[str, np.ndarray] = {}
     proxies: dict[str, list[float]] = {}
     for name, section in cfg.scorers.items():
@@ -230,9 +246,8 @@ def _report(cfg: Config, groups: Sequence[Group]) -> dict[str, Any]:
         if rewards is None:
             picked[name] = _judged(section, pools, sweep, cfg)
             continue
-        pairs = list(zip(rewards, pools, strict=True))
-        picked[name] = np.array([[expected_best(r, g.qualities, n) for n in sweep] for r, g in pairs])
-        proxies[name] = [float(np.mean([expected_best(r, r, n) for r in rewards])) for n in sweep]
+        picked[name] = expected_curve(rewards, qualities, sweep)
+        proxies[name] = expected_curve(rewards, rewards, sweep).mean(0).tolist()
     options: dict[str, Any] = {"samples": cfg.bootstrap, "seed": cfg.seed}
     first = picked[cfg.reference or next(iter(picked))]
     scorers = {
@@ -249,7 +264,7 @@ def _report(cfg: Config, groups: Sequence[Group]) -> dict[str, Any]:
         for name, found_PK in picked.items()
     }
     random_P = [float(np.mean(g.qualities)) for g in pools]
-    oracle_PK = np.array([[expected_best(g.qualities, g.qualities, n) for n in sweep] for g in pools])
+    oracle_PK = expected_curve(qualities, qualities, sweep)
     return {
         "prompts": len(pools),
         "n": sweep,
@@ -280,19 +295,42 @@ def _rewards(
         return [[-float(place) for place in range(len(pool.answers))] for pool in pools]
     assert section.path is not None
     if section.kind == "discriminative":
-        rows: list[Row] = [{"prompt": g.prompt, "answer": answer} for g in pools for answer in g.answers]
-        arguments = {"path": section.path, "options": section.options}
-        found = [row["reward"] for row in map_with_model(build_reward, arguments, rows, cfg.ray)]
-    elif section.method == "reference":
-        found = _compared(
-            section,
-            [(p.prompt, a, g.answers[0]) for g, p in zip(groups, pools, strict=True) for a in p.answers],
-            cfg,
-        )
+        return _scored(section.path, section.options, pools, cfg)
+    if section.method == "reference":
+        return _against(section, pools, [group.answers[0] for group in groups], cfg)
+    return None
+
+
+def _graded(groups: list[Group], gold: GoldSection | None, cfg: Config) -> list[Group]:
+    """Groups with the qualities that the gold model or rule gives."""
+    if gold is None:
+        return groups
+    if gold.kind in CHECKS:
+        check = CHECKS[gold.kind]
+        found = [[check(answer, group.reference) for answer in group.answers] for group in groups]
+    elif gold.kind == "discriminative":
+        found = _scored(str(gold.path), {}, groups, cfg)
     else:
-        return None
-    values = iter(found)
-    return [[float(next(values)) for _ in pool.answers] for pool in pools]
+        judge = ScorerSection(kind="judge", path=gold.path, method="reference")
+        found = _against(judge, groups, [group.reference for group in groups], cfg)
+    return [replace(group, qualities=scores) for group, scores in zip(groups, found, strict=True)]
+
+
+def _scored(path: str, options: dict[str, Any], groups: Sequence[Group], cfg: Config) -> list[list[float]]:
+    """The number that a discriminative model gives each answer."""
+    rows: list[Row] = [{"prompt": g.prompt, "answer": answer} for g in groups for answer in g.answers]
+    arguments = {"path": path, "options": options}
+    found = iter(map_with_model(build_reward, arguments, rows, cfg.ray))
+    return [[float(next(found)["reward"]) for _ in group.answers] for group in groups]
+
+
+def _against(
+    section: ScorerSection, groups: Sequence[Group], references: Sequence[str], cfg: Config
+) -> list[list[float]]:
+    """The probability of each answer to beat its prompt's reference."""
+    triples = [(g.prompt, a, r) for g, r in zip(groups, references, strict=True) for a in g.answers]
+    found = iter(_compared(section, triples, cfg))
+    return [[float(next(found)) for _ in group.answers] for group in groups]
 
 
 def build_reward(path: str, options: dict[str, Any]) -> Score:
