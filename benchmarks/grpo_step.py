@@ -81,7 +81,7 @@ def prepare(*, folder: Path, size: Size) -> None:
     from eagleray.jobs.align.training import write_rows
 
     words = MadeUpWords(vocab_size=size.vocab_size, also=JudgeTemplate.load("eagleray").render("", "", ""))
-    tokenizer = words.tokenizer
+    tokenizer: Any = words.tokenizer
     config = llama_config(
         vocab_size=size.vocab_size,
         width=size.width,

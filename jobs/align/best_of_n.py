@@ -13,8 +13,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
-from itertools import combinations
+from dataclasses import asdict
 from pathlib import Path
 from random import Random
 from typing import Any, Literal
@@ -24,19 +23,17 @@ from pydantic import Field, model_validator
 from rich.console import Console
 from rich.table import Table
 
+from eagleray.jobs.align.choosing import Group, Pairs, ScorerSection, graded, rewards_or_pairs
 from eagleray.jobs.align.gold import GoldSection
-from eagleray.jobs.gram.evaluate import build_scorer
 from eagleray.models.gram.alignment import kl_best_of_n
 from eagleray.models.gram.best_of_n import best_by_judge, expected_curve, sweep_up_to
-from eagleray.models.gram.checks import CHECKS, last_number
-from eagleray.models.gram.discriminative import DiscriminativeScorer
+from eagleray.models.gram.checks import last_number
 from eagleray.models.gram.metrics import mean_estimate
 from eagleray.platform.cluster import connected
 from eagleray.platform.config import Config as Section
 from eagleray.platform.data.sources import DataError, SourceConfig, file_hashes, read_rows
 from eagleray.platform.runs import RunFolder
-from eagleray.platform.scoring import Row, Score, map_with_model
-from eagleray.platform.sections import JobConfig, ModelPath
+from eagleray.platform.sections import JobConfig
 
 JOB = "align.best_of_n"
 logger = logging.getLogger(__name__)
@@ -72,26 +69,6 @@ class CandidateSet(Section):
     """Prompts with fewer answers are left out."""
 
 
-class ScorerSection(Section):
-    """One way to choose among answers."""
-
-    kind: Literal["judge", "discriminative", "longest", "first"]
-    """`judge` (GRAM), `discriminative`, the longest answer, or the first of the row."""
-    path: ModelPath | None = None
-    """Model folder or hub name, for `judge` and `discriminative`."""
-    method: Literal["round_robin", "bracket", "linear", "reference"] = "round_robin"
-    """How a judge ranks n answers. `reference`: by the probability to beat one answer of the row, its first, which then is
-    no candidate."""
-    options: dict[str, Any] = Field(default={})
-    """Further settings of a judge, e.g. `swap_average: logit`."""
-
-    @model_validator(mode="after")
-    def _models_have_a_path(self) -> ScorerSection:
-        if (self.kind in ("judge", "discriminative")) != (self.path is not None):
-            raise ValueError("`path` belongs to a scorer of kind judge or discriminative, and only there")
-        return self
-
-
 class Config(JobConfig):
     """Config of `align.best_of_n`."""
 
@@ -118,17 +95,6 @@ class Config(JobConfig):
         return self
 
 
-@dataclass(frozen=True)
-class Group:
-    """Answers to one prompt."""
-
-    prompt: str
-    answers: list[str]
-    qualities: list[float]
-    models: list[str]
-    reference: str = ""
-
-
 def main(cfg: Config) -> dict[str, Any]:
     """Score, draw the curves, report.
 
@@ -137,11 +103,14 @@ def main(cfg: Config) -> dict[str, Any]:
     """
     with RunFolder.create(JOB, cfg).recording() as run, connected(cfg.ray):
         groups = {
-            name: _graded(load_candidates(section), section.gold, cfg) for name, section in cfg.sets.items()
+            name: graded(load_candidates(section), section.gold, cfg.ray)
+            for name, section in cfg.sets.items()
         }
         hashes = {k: v for section in cfg.sets.values() for k, v in file_hashes(section.source).items()}
         run.update_manifest(data_hashes=hashes)
-        report = {"sets": {name: _report(cfg, found) for name, found in groups.items()}}
+        pools = {name: _pools(cfg, found) for name, found in groups.items()}
+        said = _all_said(cfg, pools)
+        report = {"sets": {name: _report(cfg, pools[name], said[name]) for name in groups}}
         run.write_report(report)
         run.plots.mkdir(exist_ok=True)
         for name, figures in report["sets"].items():
@@ -232,22 +201,36 @@ def plot_curves(figures: dict[str, Any], path: Path, *, title: str) -> None:
     canvas.savefig(path, dpi=120)
 
 
-def _report(cfg: Config, groups: Sequence[Group]) -> dict[str, Any]:
-    shared = any(s.kind == "judge" and s.method == "reference" for s in cfg.scorers.values())
-    # A reference is no candidate, for any scorer: all curves are over the same answers.
-    pools = [Group(g.prompt, g.answers[1:], g.qualities[1:], g.models[1:]) if shared else g for g in groups]
+def _pools(cfg: Config, groups: Sequence[Group]) -> list[Group]:
+    """The candidates; a reference is none, for any scorer: all curves are over the same answers."""
+    if not any(s.kind == "judge" and s.method == "reference" for s in cfg.scorers.values()):
+        return list(groups)
+    return [Group(g.prompt, g.answers[1:], g.qualities[1:], g.models[1:], g.answers[0]) for g in groups]
+
+
+def _all_said(cfg: Config, pools: dict[str, list[Group]]) -> dict[str, dict[str, Any]]:
+    """Set -> scorer -> what it says about each prompt; one pass of a scorer over all sets."""
+    together = [pool for found in pools.values() for pool in found]
+    said: dict[str, dict[str, Any]] = {name: {} for name in pools}
+    for scorer, section in cfg.scorers.items():
+        logger.info("Choosing with %s.", scorer)
+        verdicts = iter(rewards_or_pairs(section, together, cfg.ray))
+        for name, found in pools.items():
+            said[name][scorer] = [next(verdicts) for _ in found]
+    return said
+
+
+def _report(cfg: Config, pools: Sequence[Group], said: dict[str, Any]) -> dict[str, Any]:
     sweep = sweep_up_to(min(len(pool.answers) for pool in pools))
     qualities = [pool.qualities for pool in pools]
     picked: dict[str, np.ndarray] = {}
     proxies: dict[str, list[float]] = {}
-    for name, section in cfg.scorers.items():
-        logger.info("Choosing with %s.", name)
-        rewards = _rewards(section, groups, pools, cfg)
-        if rewards is None:
-            picked[name] = _judged(section, pools, sweep, cfg)
+    for name, verdicts in said.items():
+        if isinstance(verdicts[0], dict):
+            picked[name] = _judged(cfg.scorers[name], verdicts, pools, sweep, cfg)
             continue
-        picked[name] = expected_curve(rewards, qualities, sweep)
-        proxies[name] = expected_curve(rewards, rewards, sweep).mean(0).tolist()
+        picked[name] = expected_curve(verdicts, qualities, sweep)
+        proxies[name] = expected_curve(verdicts, verdicts, sweep).mean(0).tolist()
     options: dict[str, Any] = {"samples": cfg.bootstrap, "seed": cfg.seed}
     first = picked[cfg.reference or next(iter(picked))]
     scorers = {
@@ -285,75 +268,13 @@ def _by_model(groups: Sequence[Group]) -> dict[str, float]:
     return {m: float(np.mean(scores)) for m, scores in found.items() if len(scores) == len(groups)}
 
 
-def _rewards(
-    section: ScorerSection, groups: Sequence[Group], pools: Sequence[Group], cfg: Config
-) -> list[list[float]] | None:
-    """A number for each answer; `None` if the scorer only compares."""
-    if section.kind == "longest":
-        return [[float(len(answer)) for answer in pool.answers] for pool in pools]
-    if section.kind == "first":
-        return [[-float(place) for place in range(len(pool.answers))] for pool in pools]
-    assert section.path is not None
-    if section.kind == "discriminative":
-        return _scored(section.path, section.options, pools, cfg)
-    if section.method == "reference":
-        return _against(section, pools, [group.answers[0] for group in groups], cfg)
-    return None
-
-
-def _graded(groups: list[Group], gold: GoldSection | None, cfg: Config) -> list[Group]:
-    """Groups with the qualities that the gold model or rule gives."""
-    if gold is None:
-        return groups
-    if gold.kind in CHECKS:
-        check = CHECKS[gold.kind]
-        found = [[check(answer, group.reference) for answer in group.answers] for group in groups]
-    elif gold.kind == "discriminative":
-        found = _scored(str(gold.path), {}, groups, cfg)
-    else:
-        judge = ScorerSection(kind="judge", path=gold.path, method="reference")
-        found = _against(judge, groups, [group.reference for group in groups], cfg)
-    return [replace(group, qualities=scores) for group, scores in zip(groups, found, strict=True)]
-
-
-def _scored(path: str, options: dict[str, Any], groups: Sequence[Group], cfg: Config) -> list[list[float]]:
-    """The number that a discriminative model gives each answer."""
-    rows: list[Row] = [{"prompt": g.prompt, "answer": answer} for g in groups for answer in g.answers]
-    arguments = {"path": path, "options": options}
-    found = iter(map_with_model(build_reward, arguments, rows, cfg.ray))
-    return [[float(next(found)["reward"]) for _ in group.answers] for group in groups]
-
-
-def _against(
-    section: ScorerSection, groups: Sequence[Group], references: Sequence[str], cfg: Config
-) -> list[list[float]]:
-    """The probability of each answer to beat its prompt's reference."""
-    triples = [(g.prompt, a, r) for g, r in zip(groups, references, strict=True) for a in g.answers]
-    found = iter(_compared(section, triples, cfg))
-    return [[float(next(found)) for _ in group.answers] for group in groups]
-
-
-def build_reward(path: str, options: dict[str, Any]) -> Score:
-    """A discriminative reward model, for the workers: rows with prompt and answer to a reward."""
-    scorer = DiscriminativeScorer.from_pretrained(path, **options)
-
-    def score(rows: list[Row]) -> list[Row]:
-        return [{"reward": r} for r in scorer.score([(row["prompt"], row["answer"]) for row in rows])]
-
-    return score
-
-
-def _judged(section: ScorerSection, pools: Sequence[Group], sweep: Sequence[int], cfg: Config) -> np.ndarray:
-    """Quality of a pairwise judge's choice [prompts, n]; every pair is compared once."""
+def _judged(
+    section: ScorerSection, pairs: Sequence[Pairs], pools: Sequence[Group], sweep: Sequence[int], cfg: Config
+) -> np.ndarray:
+    """Quality of a pairwise judge's choice [prompts, n]."""
     assert section.method != "reference"
-    places = [list(combinations(range(len(pool.answers)), 2)) for pool in pools]
-    triples = [
-        (g.prompt, g.answers[i], g.answers[j]) for g, ij in zip(pools, places, strict=True) for i, j in ij
-    ]
-    values = iter(_compared(section, triples, cfg))
     rows = []
-    for number, (pool, pairs) in enumerate(zip(pools, places, strict=True)):
-        known = {pair: float(next(values)) for pair in pairs}
+    for number, (known, pool) in enumerate(zip(pairs, pools, strict=True)):
         rng = Random(f"{cfg.seed} {number}")
         options: dict[str, Any] = {"method": section.method, "draws": cfg.draws, "rng": rng}
         # One answer drawn is any answer: no lots needed.
@@ -366,12 +287,6 @@ def _judged(section: ScorerSection, pools: Sequence[Group], sweep: Sequence[int]
             ]
         )
     return np.array(rows)
-
-
-def _compared(section: ScorerSection, triples: Sequence[tuple[str, str, str]], cfg: Config) -> list[float]:
-    rows: list[Row] = [{"prompt": p, "first": a, "second": b} for p, a, b in triples]
-    arguments = {"kind": "judge", "path": section.path, "options": section.options}
-    return [row["p_a"] for row in map_with_model(build_scorer, arguments, rows, cfg.ray)]
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ from eagleray.jobs.align.gold import GoldSection
 from eagleray.models.gram.checks import same_last_number
 from eagleray.models.gram.judge import Judge
 from eagleray.models.gram.prompts import JudgeEncoder, JudgeTemplate
+from eagleray.models.gram.synthetic import make_candidates
 from eagleray.platform.config import ConfigError, validate_config
 from eagleray.platform.data.sources import DataError, Row, SourceConfig, read_rows
 
@@ -70,7 +71,7 @@ def _rows(folder: Path) -> list[dict[str, Any]]:
 def test_from_prompts_to_curves(tmp_path: Path) -> None:
     """Two workers sample what one would, prompt by prompt; then a judge and baselines choose, and a rule tells how well.
 
-    All figures are those of the library's functions; n = 1 is a random choice for everyone.
+    Beside them a set of known scores, judged in the same pass. All figures are those of the library's functions; n = 1 is a random choice for everyone.
     """
     model, tokenizer = tiny_model(), tiny_tokenizer()
     judge = Judge(model, JudgeEncoder(tokenizer, JudgeTemplate.load("short"), max_length=512))
@@ -110,8 +111,13 @@ def test_from_prompts_to_curves(tmp_path: Path) -> None:
     assert sample.main(cfg) == report
 
     source = {"path": str(tmp_path / "sampled" / "candidates")}
+    made = make_candidates(2, 4, 0)
+    (tmp_path / "made.jsonl").write_text("".join(json.dumps(row) + "\n" for row in made))
     choice = {
-        "sets": {"sampled": {"source": source, "gold": {"kind": "last_number"}}},
+        "sets": {
+            "made": {"source": {"path": str(tmp_path / "made.jsonl")}},
+            "sampled": {"source": source, "gold": {"kind": "last_number"}},
+        },
         "scorers": {
             "GRAM": {"kind": "judge", "path": str(tmp_path / "model")},
             "longest": {"kind": "longest"},
@@ -120,7 +126,11 @@ def test_from_prompts_to_curves(tmp_path: Path) -> None:
         "bootstrap": 100,
         "run": {"dir": str(tmp_path / "best")},
     }
-    figures = best_of_n.main(validate_config(best_of_n.Config, choice, "test"))["sets"]["sampled"]
+    sets = best_of_n.main(validate_config(best_of_n.Config, choice, "test"))["sets"]
+    assert sets["made"]["n"] == [1, 2, 4] and sets["made"]["prompts"] == 2
+    scores = [[c["score"] for c in row["candidates"]] for row in made]
+    assert sets["made"]["scorers"]["first"][-1]["value"] == pytest.approx(sum(q[0] for q in scores) / 2)
+    figures = sets["sampled"]
     grades = [
         [same_last_number(text, row["reference"]) for text in texts]
         for row, texts in zip(rows, answers, strict=True)
