@@ -41,6 +41,7 @@ JOBS = {
     "rovrm.hallucination": "eagleray.jobs.rovrm.hallucination",
     "rovrm.progressive": "eagleray.jobs.rovrm.progressive",
     "features": "eagleray.jobs.features",
+    "align.sample": "eagleray.jobs.align.sample",
     "align.best_of_n": "eagleray.jobs.align.best_of_n",
     "align.policy": "eagleray.jobs.align.policy",
     "align.dpo": "eagleray.jobs.align.dpo",

@@ -3,13 +3,23 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, PositiveInt, field_validator, model_validator
+from pydantic import AfterValidator, Field, PositiveInt, field_validator, model_validator
 
 from eagleray.platform.config import Config
 
 Precision = Literal["fp32", "bf16", "fp16"]
+
+
+def _absolute_if_local(path: str) -> str:
+    # Ray's workers run in folders of their own.
+    local = Path(path).expanduser()
+    return str(local.absolute()) if local.exists() else path
+
+
+ModelPath = Annotated[str, AfterValidator(_absolute_if_local)]
+"""Model folder or hub name; a folder that is there is made absolute."""
 
 
 class RunSection(Config):
@@ -61,19 +71,12 @@ class RaySection(Config):
 class ModelSection(Config):
     """A Hugging Face model folder or hub name."""
 
-    path: str
+    path: ModelPath
     """Local folder or hub name of the model to start from."""
     revision: str | None = None
     """Hub revision (commit, tag or branch)."""
     attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
     """Attention kernel passed to transformers."""
-
-    @field_validator("path")
-    @classmethod
-    def _local_folders_are_absolute(cls, path: str) -> str:
-        # Ray's workers run in folders of their own.
-        local = Path(path).expanduser()
-        return str(local.absolute()) if local.exists() else path
 
 
 class LoraSection(Config):

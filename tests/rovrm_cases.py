@@ -8,7 +8,13 @@ from typing import Any
 
 import torch
 from PIL import Image
-from transformers import PreTrainedTokenizerFast, Qwen2VLConfig, Qwen2VLModel
+from transformers import (
+    LlavaForConditionalGeneration,
+    LlavaProcessor,
+    PreTrainedTokenizerFast,
+    Qwen2VLConfig,
+    Qwen2VLModel,
+)
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from eagleray.models.backbone.model import llama_config
@@ -57,6 +63,32 @@ def tiny_llava(*, max_length: int = 256, seed: int = 0) -> tuple[VisualRewardMod
     return _lively(model, seed), VisualEncoder(
         made, image_processor(32), model.family, VisualTemplate.named("llava"), max_length=max_length
     )
+
+
+CHAT = (
+    "{%- for message in messages -%}{{ message['role'] | upper }}: "
+    "{%- for part in message['content'] -%}"
+    "{{ '<image>\n' if part['type'] == 'image' else part['text'] }}"
+    "{%- endfor -%}{{ ' ' }}{%- endfor -%}"
+    "{%- if add_generation_prompt -%}ASSISTANT: {%- endif -%}"
+)
+
+
+def tiny_visual_policy() -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
+    """A LLaVA that writes, of the size of `tiny_llava`, with the processor that lays out its prompts."""
+    reward_model, encoder = tiny_llava()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = LlavaForConditionalGeneration(reward_model.config)
+    processor = LlavaProcessor(
+        encoder.image_processor,
+        encoder.tokenizer,
+        patch_size=16,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+        chat_template=CHAT,
+    )
+    return model, processor
 
 
 def tiny_qwen(*, max_length: int = 256, seed: int = 0) -> tuple[VisualRewardModel, VisualEncoder]:

@@ -2,8 +2,8 @@
 
     python -m eagleray.jobs.align.best_of_n --config configs/align/best_of_n_tiny.yaml
 
-Candidates come from files: rows with a prompt and a list of answers with their true scores, from whatever source.
-Scorers are a GRAM judge by any of its ranking methods, a discriminative reward model, and the baselines `longest`,
+Candidates come from files: rows with a prompt and a list of answers, from `align.sample` or whatever source, with their true
+scores, or with a gold model or rule that gives them. Scorers are a GRAM judge by any of its ranking methods, a discriminative reward model, and the baselines `longest`,
 `first` and (always there) a random choice. Curves over n are expectations over all subsets of n candidates, with
 intervals over prompts, against the bound of the KL divergence, ln n - (n - 1)/n.
 """
@@ -13,27 +13,26 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from itertools import combinations
+from dataclasses import asdict
 from pathlib import Path
 from random import Random
 from typing import Any, Literal
 
 import numpy as np
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, model_validator
 from rich.console import Console
 from rich.table import Table
 
-from eagleray.jobs.gram.evaluate import build_scorer
+from eagleray.jobs.align.choosing import Group, Pairs, ScorerSection, graded, rewards_or_pairs
+from eagleray.jobs.align.gold import GoldSection
 from eagleray.models.gram.alignment import kl_best_of_n
-from eagleray.models.gram.best_of_n import SWEEP, best_by_judge, expected_best
-from eagleray.models.gram.discriminative import DiscriminativeScorer
+from eagleray.models.gram.best_of_n import best_by_judge, expected_curve, sweep_up_to
+from eagleray.models.gram.checks import last_number
 from eagleray.models.gram.metrics import mean_estimate
 from eagleray.platform.cluster import connected
 from eagleray.platform.config import Config as Section
 from eagleray.platform.data.sources import DataError, SourceConfig, file_hashes, read_rows
 from eagleray.platform.runs import RunFolder
-from eagleray.platform.scoring import Row, Score, map_with_model
 from eagleray.platform.sections import JobConfig
 
 JOB = "align.best_of_n"
@@ -53,6 +52,8 @@ class CandidateColumns(Section):
     """True score of an answer: a number, or true and false."""
     model: str = "model"
     """Which model wrote the answer; may be missing."""
+    reference: str = "reference"
+    """Reference answer of a row, for a `gold` of kind judge or last_number."""
 
 
 class CandidateSet(Section):
@@ -60,35 +61,12 @@ class CandidateSet(Section):
 
     source: SourceConfig
     columns: CandidateColumns = CandidateColumns()
+    gold: GoldSection | None = None
+    """How good the answers are, if the rows do not say so: then no column `score` is read."""
     without: list[str] = Field(default=[])
     """Models whose answers are left out, e.g. one that wins nearly always."""
     least: int = Field(default=2, ge=2)
     """Prompts with fewer answers are left out."""
-
-
-class ScorerSection(Section):
-    """One way to choose among answers."""
-
-    kind: Literal["judge", "discriminative", "longest", "first"]
-    """`judge` (GRAM), `discriminative`, the longest answer, or the first of the row."""
-    path: str | None = None
-    """Model folder or hub name, for `judge` and `discriminative`."""
-    method: Literal["round_robin", "bracket", "linear", "reference"] = "round_robin"
-    """How a judge ranks n answers. `reference`: by the probability to beat one answer of the row, its first, which then is
-    no candidate."""
-    options: dict[str, Any] = Field(default={})
-    """Further settings of a judge, e.g. `swap_average: logit`."""
-
-    @model_validator(mode="after")
-    def _models_have_a_path(self) -> ScorerSection:
-        if (self.kind in ("judge", "discriminative")) != (self.path is not None):
-            raise ValueError("`path` belongs to a scorer of kind judge or discriminative, and only there")
-        return self
-
-    @field_validator("path")
-    @classmethod
-    def _local_folders_are_absolute(cls, path: str | None) -> str | None:
-        return str(Path(path).absolute()) if path is not None and Path(path).exists() else path
 
 
 class Config(JobConfig):
@@ -117,16 +95,6 @@ class Config(JobConfig):
         return self
 
 
-@dataclass(frozen=True)
-class Group:
-    """Answers to one prompt."""
-
-    prompt: str
-    answers: list[str]
-    qualities: list[float]
-    models: list[str]
-
-
 def main(cfg: Config) -> dict[str, Any]:
     """Score, draw the curves, report.
 
@@ -134,10 +102,15 @@ def main(cfg: Config) -> dict[str, Any]:
         The report: `sets` -> name -> `scorers` -> name -> one row an n; `random`, `oracle`, `models`.
     """
     with RunFolder.create(JOB, cfg).recording() as run, connected(cfg.ray):
-        groups = {name: load_candidates(section) for name, section in cfg.sets.items()}
+        groups = {
+            name: graded(load_candidates(section), section.gold, cfg.ray)
+            for name, section in cfg.sets.items()
+        }
         hashes = {k: v for section in cfg.sets.values() for k, v in file_hashes(section.source).items()}
         run.update_manifest(data_hashes=hashes)
-        report = {"sets": {name: _report(cfg, found) for name, found in groups.items()}}
+        pools = {name: _pools(cfg, found) for name, found in groups.items()}
+        said = _all_said(cfg, pools)
+        report = {"sets": {name: _report(cfg, pools[name], said[name]) for name in groups}}
         run.write_report(report)
         run.plots.mkdir(exist_ok=True)
         for name, figures in report["sets"].items():
@@ -147,32 +120,44 @@ def main(cfg: Config) -> dict[str, Any]:
 
 
 def load_candidates(section: CandidateSet) -> list[Group]:
-    """Read a set.
+    """Read a set; where a gold score is to be given, qualities are 0 so far.
 
     Raises:
         DataError: A row does not fit, or none is left.
     """
     columns, groups = section.columns, []
+    graded = section.gold is None
     for row in read_rows(section.source):
         if isinstance(row, DataError):
             raise row
         try:
             found = [
-                (str(c[columns.text]), float(c[columns.score]), str(c.get(columns.model, "")))
+                (
+                    str(c[columns.text]),
+                    float(c[columns.score]) if graded else 0.0,
+                    str(c.get(columns.model, "")),
+                )
                 for c in row.values[columns.candidates]
             ]
             prompt = str(row.values[columns.prompt])
         except (KeyError, TypeError, ValueError, AttributeError) as error:
-            wanted = (
-                f"`{columns.prompt}`, and `{columns.candidates}` with `{columns.text}` and `{columns.score}`"
+            wanted = f"`{columns.prompt}`, and `{columns.candidates}` with `{columns.text}`" + (
+                f" and `{columns.score}`; without true scores give the set a `gold`" if graded else ""
             )
             raise DataError(row.where, f"is no row of candidates ({error!r})", f"it needs {wanted}") from None
+        reference = row.values.get(columns.reference)
+        if section.gold is not None and section.gold.kind in ("judge", "last_number"):
+            if not isinstance(reference, str) or not reference.strip():
+                reason = f"`{columns.reference}` is no text"
+                raise DataError(row.where, reason, f"a `gold` of kind {section.gold.kind} compares with it")
+            if section.gold.kind == "last_number" and last_number(reference) is None:
+                raise DataError(row.where, f"`{columns.reference}` holds no number", f"{reference[:60]!r}")
         kept = [c for c in found if c[2] not in section.without]
         if not all(math.isfinite(score) for _, score, _ in kept):
             raise DataError(row.where, f"`{columns.score}` is not a finite number", "true scores are needed")
         if len(kept) >= section.least:
             texts, scores, models = map(list, zip(*kept, strict=True))
-            groups.append(Group(prompt, texts, scores, models))
+            groups.append(Group(prompt, texts, scores, models, str(reference or "")))
     if not groups:
         raise DataError(section.source.path, "no prompt is left", f"`least` is {section.least}")
     return groups
@@ -216,23 +201,36 @@ def plot_curves(figures: dict[str, Any], path: Path, *, title: str) -> None:
     canvas.savefig(path, dpi=120)
 
 
-def _report(cfg: Config, groups: Sequence[Group]) -> dict[str, Any]:
-    shared = any(s.kind == "judge" and s.method == "reference" for s in cfg.scorers.values())
-    # A reference is no candidate, for any scorer: all curves are over the same answers.
-    pools = [Group(g.prompt, g.answers[1:], g.qualities[1:], g.models[1:]) if shared else g for g in groups]
-    most = min(len(pool.answers) for pool in pools)
-    sweep = [n for n in SWEEP if n < most] + [most]
+def _pools(cfg: Config, groups: Sequence[Group]) -> list[Group]:
+    """The candidates; a reference is none, for any scorer: all curves are over the same answers."""
+    if not any(s.kind == "judge" and s.method == "reference" for s in cfg.scorers.values()):
+        return list(groups)
+    return [Group(g.prompt, g.answers[1:], g.qualities[1:], g.models[1:], g.answers[0]) for g in groups]
+
+
+def _all_said(cfg: Config, pools: dict[str, list[Group]]) -> dict[str, dict[str, Any]]:
+    """Set -> scorer -> what it says about each prompt; one pass of a scorer over all sets."""
+    together = [pool for found in pools.values() for pool in found]
+    said: dict[str, dict[str, Any]] = {name: {} for name in pools}
+    for scorer, section in cfg.scorers.items():
+        logger.info("Choosing with %s.", scorer)
+        verdicts = iter(rewards_or_pairs(section, together, cfg.ray))
+        for name, found in pools.items():
+            said[name][scorer] = [next(verdicts) for _ in found]
+    return said
+
+
+def _report(cfg: Config, pools: Sequence[Group], said: dict[str, Any]) -> dict[str, Any]:
+    sweep = sweep_up_to(min(len(pool.answers) for pool in pools))
+    qualities = [pool.qualities for pool in pools]
     picked: dict[str, np.ndarray] = {}
     proxies: dict[str, list[float]] = {}
-    for name, section in cfg.scorers.items():
-        logger.info("Choosing with %s.", name)
-        rewards = _rewards(section, groups, pools, cfg)
-        if rewards is None:
-            picked[name] = _judged(section, pools, sweep, cfg)
+    for name, verdicts in said.items():
+        if isinstance(verdicts[0], dict):
+            picked[name] = _judged(cfg.scorers[name], verdicts, pools, sweep, cfg)
             continue
-        pairs = list(zip(rewards, pools, strict=True))
-        picked[name] = np.array([[expected_best(r, g.qualities, n) for n in sweep] for r, g in pairs])
-        proxies[name] = [float(np.mean([expected_best(r, r, n) for r in rewards])) for n in sweep]
+        picked[name] = expected_curve(verdicts, qualities, sweep)
+        proxies[name] = expected_curve(verdicts, verdicts, sweep).mean(0).tolist()
     options: dict[str, Any] = {"samples": cfg.bootstrap, "seed": cfg.seed}
     first = picked[cfg.reference or next(iter(picked))]
     scorers = {
@@ -249,7 +247,7 @@ def _report(cfg: Config, groups: Sequence[Group]) -> dict[str, Any]:
         for name, found_PK in picked.items()
     }
     random_P = [float(np.mean(g.qualities)) for g in pools]
-    oracle_PK = np.array([[expected_best(g.qualities, g.qualities, n) for n in sweep] for g in pools])
+    oracle_PK = expected_curve(qualities, qualities, sweep)
     return {
         "prompts": len(pools),
         "n": sweep,
@@ -270,52 +268,13 @@ def _by_model(groups: Sequence[Group]) -> dict[str, float]:
     return {m: float(np.mean(scores)) for m, scores in found.items() if len(scores) == len(groups)}
 
 
-def _rewards(
-    section: ScorerSection, groups: Sequence[Group], pools: Sequence[Group], cfg: Config
-) -> list[list[float]] | None:
-    """A number for each answer; `None` if the scorer only compares."""
-    if section.kind == "longest":
-        return [[float(len(answer)) for answer in pool.answers] for pool in pools]
-    if section.kind == "first":
-        return [[-float(place) for place in range(len(pool.answers))] for pool in pools]
-    assert section.path is not None
-    if section.kind == "discriminative":
-        rows: list[Row] = [{"prompt": g.prompt, "answer": answer} for g in pools for answer in g.answers]
-        arguments = {"path": section.path, "options": section.options}
-        found = [row["reward"] for row in map_with_model(build_reward, arguments, rows, cfg.ray)]
-    elif section.method == "reference":
-        found = _compared(
-            section,
-            [(p.prompt, a, g.answers[0]) for g, p in zip(groups, pools, strict=True) for a in p.answers],
-            cfg,
-        )
-    else:
-        return None
-    values = iter(found)
-    return [[float(next(values)) for _ in pool.answers] for pool in pools]
-
-
-def build_reward(path: str, options: dict[str, Any]) -> Score:
-    """A discriminative reward model, for the workers: rows with prompt and answer to a reward."""
-    scorer = DiscriminativeScorer.from_pretrained(path, **options)
-
-    def score(rows: list[Row]) -> list[Row]:
-        return [{"reward": r} for r in scorer.score([(row["prompt"], row["answer"]) for row in rows])]
-
-    return score
-
-
-def _judged(section: ScorerSection, pools: Sequence[Group], sweep: Sequence[int], cfg: Config) -> np.ndarray:
-    """Quality of a pairwise judge's choice [prompts, n]; every pair is compared once."""
+def _judged(
+    section: ScorerSection, pairs: Sequence[Pairs], pools: Sequence[Group], sweep: Sequence[int], cfg: Config
+) -> np.ndarray:
+    """Quality of a pairwise judge's choice [prompts, n]."""
     assert section.method != "reference"
-    places = [list(combinations(range(len(pool.answers)), 2)) for pool in pools]
-    triples = [
-        (g.prompt, g.answers[i], g.answers[j]) for g, ij in zip(pools, places, strict=True) for i, j in ij
-    ]
-    values = iter(_compared(section, triples, cfg))
     rows = []
-    for number, (pool, pairs) in enumerate(zip(pools, places, strict=True)):
-        known = {pair: float(next(values)) for pair in pairs}
+    for number, (known, pool) in enumerate(zip(pairs, pools, strict=True)):
         rng = Random(f"{cfg.seed} {number}")
         options: dict[str, Any] = {"method": section.method, "draws": cfg.draws, "rng": rng}
         # One answer drawn is any answer: no lots needed.
@@ -328,12 +287,6 @@ def _judged(section: ScorerSection, pools: Sequence[Group], sweep: Sequence[int]
             ]
         )
     return np.array(rows)
-
-
-def _compared(section: ScorerSection, triples: Sequence[tuple[str, str, str]], cfg: Config) -> list[float]:
-    rows: list[Row] = [{"prompt": p, "first": a, "second": b} for p, a, b in triples]
-    arguments = {"kind": "judge", "path": section.path, "options": section.options}
-    return [row["p_a"] for row in map_with_model(build_scorer, arguments, rows, cfg.ray)]
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ from pydantic import Field, model_validator
 from transformers import AutoModelForCausalLM, PrinterCallback, TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
 
+from eagleray.jobs.align.generation import PromptFormat, formatted
 from eagleray.platform.cluster import check_placement, check_shared_folder, connected
 from eagleray.platform.config import Config as Section
 from eagleray.platform.config import validate_config
@@ -38,6 +39,7 @@ from eagleray.platform.sections import (
     TrackingSection,
 )
 from eagleray.platform.stopping import stop_requested
+from eagleray.platform.storage import write_text
 from eagleray.platform.tracking import MetricsSink
 
 logger = logging.getLogger(__name__)
@@ -84,7 +86,7 @@ class PolicyConfig(JobConfig):
     deepspeed: DeepSpeedSection | None = None
     """Shard the policy with DeepSpeed; default: plain data parallelism."""
     tracking: TrackingSection = TrackingSection()
-    prompt_format: Literal["chat", "plain"] = "chat"
+    prompt_format: PromptFormat = "chat"
     """`chat`: by the policy's chat template. `plain`: the prompt and a newline, for a model that has read plain text."""
 
     @model_validator(mode="after")
@@ -103,11 +105,15 @@ class PolicyConfig(JobConfig):
 
     def formatted(self, prompt: str) -> Any:
         """A prompt as trl takes it."""
-        return f"{prompt}\n" if self.prompt_format == "plain" else [{"role": "user", "content": prompt}]
+        return formatted(prompt, self.prompt_format)
+
+    def load(self) -> tuple[Any, Any]:
+        """The policy and what makes its inputs."""
+        return load_pretrained(AutoModelForCausalLM, self.model), load_tokenizer(self.model)
 
 
 BuildTrainer = Callable[[Any, Any, Any, Path, dict[str, Any]], Any]
-"""Config, model, tokenizer, the run's data folder and trainer arguments to a trl trainer."""
+"""Config, model, tokenizer or processor, the run's data folder and trainer arguments to a trl trainer."""
 
 
 def train_policy(
@@ -145,8 +151,8 @@ def train_policy(
 
 
 def write_rows(path: Path, rows: Sequence[dict[str, Any]]) -> None:
-    """One JSON object a line."""
-    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    """One JSON object a line; the file appears as a whole."""
+    write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
 def read_rows_back(path: Path) -> Rows:
@@ -175,10 +181,9 @@ def _train_worker(loop: dict[str, Any]) -> dict[str, float] | None:
     os.environ["ACCELERATE_USE_CPU"] = str(not torch.cuda.is_available()).lower()
     cfg: PolicyConfig = validate_config(_load(loop["config_class"]), loop["config"], "worker")
     run_dir = Path(loop["run_dir"])
-    tokenizer = load_tokenizer(cfg.model)
-    model = load_pretrained(AutoModelForCausalLM, cfg.model)
+    model, processor = cfg.load()
     callback = _Recorder(run_dir, cfg)
-    trainer = _load(loop["build"])(cfg, model, tokenizer, run_dir / "data", trainer_arguments(cfg, run_dir))
+    trainer = _load(loop["build"])(cfg, model, processor, run_dir / "data", trainer_arguments(cfg, run_dir))
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(callback)
     checkpoint = whole_checkpoint(run_dir / "checkpoints")

@@ -12,10 +12,9 @@ import json
 import logging
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, model_validator
 from rich.console import Console
 from rich.table import Table
 
@@ -39,7 +38,7 @@ from eagleray.platform.data.preferences import PreferenceMixture, load_preferenc
 from eagleray.platform.data.sources import DataError, SourceConfig, file_hashes, read_rows
 from eagleray.platform.runs import RunFolder
 from eagleray.platform.scoring import Row, Score, map_with_model
-from eagleray.platform.sections import JobConfig
+from eagleray.platform.sections import JobConfig, ModelPath
 
 JOB = "gram.evaluate"
 logger = logging.getLogger(__name__)
@@ -50,7 +49,7 @@ class ScorerSection(Section):
 
     kind: Literal["judge", "discriminative", "longer_answer", "bag_of_words"]
     """`judge` (GRAM, or any causal LM), `discriminative`, or one of the baselines without a model."""
-    path: str | None = None
+    path: ModelPath | None = None
     """Model folder or hub name, for `judge` and `discriminative`."""
     train: PreferenceMixture | None = None
     """Pairs that a `bag_of_words` learns from."""
@@ -66,11 +65,6 @@ class ScorerSection(Section):
         if self.kind == "bag_of_words" and (self.train is None or self.dev is None):
             raise ValueError("a scorer of kind bag_of_words needs `train` and `dev`")
         return self
-
-    @field_validator("path")
-    @classmethod
-    def _local_folders_are_absolute(cls, path: str | None) -> str | None:
-        return str(Path(path).absolute()) if path is not None and Path(path).exists() else path
 
 
 class EvaluationSet(Section):

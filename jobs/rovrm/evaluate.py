@@ -86,7 +86,7 @@ class Config(JobConfig):
     bootstrap: int = Field(default=1000, ge=100)
     """Bootstrap replicates of an interval."""
     seed: int = Field(default=0, ge=0)
-    """Seed of the bootstrap and of the orders of best-of-n."""
+    """Seed of the bootstrap."""
 
     @model_validator(mode="after")
     def _reference_is_a_scorer(self) -> Config:
@@ -237,7 +237,7 @@ def _report(
             )
         if cfg.sets[name].best_of_n:
             groups = group_candidates(records, values[scorer])
-            figures["best_of_n"] = best_of_n_curve(groups, seed=cfg.seed)
+            figures["best_of_n"] = best_of_n_curve(groups)
         scorers[scorer] = figures
     return {
         "samples": len(kept),

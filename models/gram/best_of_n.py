@@ -23,6 +23,15 @@ SWEEP = (1, 2, 4, 8, 16, 32, 64, 128)
 """Numbers of answers that a curve is drawn for."""
 
 
+def sweep_up_to(most: int) -> list[int]:
+    """Numbers of answers to draw a curve for where every prompt has `most`: those of `SWEEP` below it, and it.
+
+    >>> sweep_up_to(5), sweep_up_to(4)
+    ([1, 2, 4, 5], [1, 2, 4])
+    """
+    return [*(n for n in SWEEP if n < most), most]
+
+
 def expected_best(rewards: Sequence[float], qualities: Sequence[float], n: int) -> float:
     """Expected quality of the answer with the highest reward among n drawn without replacement; exact.
 
@@ -53,6 +62,14 @@ def expected_best(rewards: Sequence[float], qualities: Sequence[float], n: int) 
         expected += share * float(quality_N[group].mean())
         below = upto
     return expected
+
+
+def expected_curve(
+    rewards: Sequence[Sequence[float]], qualities: Sequence[Sequence[float]], sweep: Sequence[int]
+) -> np.ndarray:
+    """`expected_best` of each prompt for each n of `sweep`, [prompts, len(sweep)]."""
+    groups = list(zip(rewards, qualities, strict=True))
+    return np.array([[expected_best(r, q, n) for n in sweep] for r, q in groups])
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,6 @@ import torch
 from eagleray.models.gram.alignment import RewardTransform, transform_reward
 from eagleray.models.gram.judge import Pair
 from eagleray.models.gram.ranking import HasProbability
-from eagleray.models.gram.synthetic import order_score
 
 Reward = Callable[..., list[float]]
 References = Callable[[Sequence[str]], Sequence[str]]
@@ -28,6 +27,12 @@ class Comparer(Protocol):
     """What a reward needs of a judge."""
 
     def compare(self, pairs: Sequence[Pair], /) -> Sequence[HasProbability]: ...
+
+
+class Scorer(Protocol):
+    """What a reward needs of a discriminative reward model."""
+
+    def score(self, conversations: Sequence[tuple[str, str]], /) -> list[float]: ...
 
 
 def judge_reward(
@@ -66,9 +71,27 @@ def judge_reward(
     return reward
 
 
-def steps_in_order(*, completions: Sequence[Any], **_: Any) -> list[float]:
-    """The planted rule of the generated data (`synthetic.order_score`): a gold reward that a policy never sees."""
-    return [order_score(answer_text(completion)) for completion in completions]
+def checked_reward(check: Callable[[str, str], float], *, name: str) -> Reward:
+    """A rule of `checks` as a reward; prompts with a reference have it in the column `reference`."""
+
+    def reward(
+        *, completions: Sequence[Any], reference: Sequence[str] | None = None, **_: Any
+    ) -> list[float]:
+        known = reference or [""] * len(completions)
+        return [check(answer_text(c), r) for c, r in zip(completions, known, strict=True)]
+
+    reward.__name__ = name
+    return reward
+
+
+def scored_reward(scorer: Scorer, *, name: str) -> Reward:
+    """The number that a discriminative reward model gives an answer."""
+
+    def reward(*, request: Sequence[str], completions: Sequence[Any], **_: Any) -> list[float]:
+        return scorer.score([(p, answer_text(c)) for p, c in zip(request, completions, strict=True)])
+
+    reward.__name__ = name
+    return reward
 
 
 def answer_text(completion: Any) -> str:

@@ -1,28 +1,24 @@
 """Best-of-n: the answer with the highest reward among n, and what that gains on answers of known quality.
 
-Spec section 6. Shapes: N answers of one prompt, in the order they were sampled.
+Spec section 6. The curve is an expectation over all subsets (`models.gram.best_of_n`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from random import Random
 
 import numpy as np
 
 from eagleray.models.gram.alignment import kl_best_of_n
+from eagleray.models.gram.best_of_n import expected_curve, sweep_up_to
 from eagleray.models.rovrm.records import VisualPreference
-
-SWEEP = (1, 2, 4, 8, 16, 32)
-"""Numbers of samples that a curve is drawn for."""
 
 
 @dataclass(frozen=True)
 class Candidates:
     """Answers to one prompt about one picture, of known quality."""
 
-    id: str
     rewards: Sequence[float]
     qualities: Sequence[float]
     """How good each answer is; for facts 1 if true, else 0."""
@@ -39,48 +35,37 @@ def best_of(rewards: Sequence[float]) -> int:
     return int(np.argmax(np.asarray(rewards, dtype=np.float64)))
 
 
-def best_of_n_curve(
-    groups: Sequence[Candidates], *, sweep: Sequence[int] = SWEEP, draws: int = 20, seed: int = 0
-) -> list[dict[str, float]]:
-    """Mean quality and mean reward of the best of n, for each n that all groups can give.
+def best_of_n_curve(groups: Sequence[Candidates]) -> list[dict[str, float]]:
+    """Expected quality and reward of the best of n, for each n that all groups can give.
 
-    The n answers are the first of an order drawn by the seed and the group's id, so the samples for n lie in those for
-    2n. `random` is the quality at n = 1 in the limit, `oracle` that of a perfect reward.
-
-    Args:
-        groups: Candidates of each prompt.
-        sweep: Values of n; those above the smallest group are left out.
-        draws: Orders drawn for each group.
-        seed: Of the orders.
+    `random` is the quality of an answer taken by chance, `oracle` that of a perfect reward. Among equal rewards each answer is
+    taken with the same probability.
 
     Raises:
         ValueError: There is no group.
     """
     if not groups:
         raise ValueError("There is no group of candidates; best-of-n needs several answers to one prompt.")
-    most = min(len(group.rewards) for group in groups)
-    orders = [_orders(group, draws, seed) for group in groups]
-    rows = []
-    for n in (n for n in sweep if n <= most):
-        reward, quality, oracle = [], [], []
-        for group, drawn in zip(groups, orders, strict=True):
-            for order in drawn:
-                shown = order[:n]
-                chosen = shown[best_of([group.rewards[i] for i in shown])]
-                reward.append(group.rewards[chosen])
-                quality.append(group.qualities[chosen])
-                oracle.append(max(group.qualities[i] for i in shown))
-        rows.append(
-            {
-                "n": n,
-                "kl": kl_best_of_n(n),
-                "reward": float(np.mean(reward)),
-                "quality": float(np.mean(quality)),
-                "oracle": float(np.mean(oracle)),
-                "random": float(np.mean([np.mean(group.qualities) for group in groups])),
-            }
+    sweep = sweep_up_to(min(len(group.rewards) for group in groups))
+    rewards, qualities = [g.rewards for g in groups], [g.qualities for g in groups]
+    curves = {
+        name: expected_curve(chosen_by, worth, sweep).mean(0)
+        for name, chosen_by, worth in (
+            ("reward", rewards, rewards),
+            ("quality", rewards, qualities),
+            ("oracle", qualities, qualities),
         )
-    return rows
+    }
+    chance = float(np.mean([np.mean(values) for values in qualities]))
+    return [
+        {
+            "n": n,
+            "kl": kl_best_of_n(n),
+            **{name: float(curve_K[i]) for name, curve_K in curves.items()},
+            "random": chance,
+        }
+        for i, n in enumerate(sweep)
+    ]
 
 
 def group_candidates(
@@ -101,12 +86,7 @@ def group_candidates(
         for place, (answer, value) in enumerate(zip(record.responses, values, strict=True)):
             answers[answer] = (value, float(place == 0))
     return [
-        Candidates(image, *map(list, zip(*answers.values(), strict=True)))  # type: ignore[arg-type]
-        for (image, _), answers in found.items()
+        Candidates(*map(list, zip(*answers.values(), strict=True)))  # type: ignore[arg-type]
+        for answers in found.values()
         if len(answers) >= least
     ]
-
-
-def _orders(group: Candidates, draws: int, seed: int) -> list[list[int]]:
-    rng = Random(f"{seed} {group.id}")
-    return [rng.sample(range(len(group.rewards)), len(group.rewards)) for _ in range(draws)]

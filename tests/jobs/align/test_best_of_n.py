@@ -1,4 +1,4 @@
-"""Best-of-n as a job: candidates of files, exact curves, a judge and baselines side by side."""
+"""Best-of-n as a job: candidates of files, and what scorers need; `test_sample.py` runs it on sampled answers."""
 
 from __future__ import annotations
 
@@ -7,12 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from builders import tiny_model, tiny_tokenizer
 
 from eagleray.jobs.align import best_of_n
-from eagleray.models.gram.judge import Judge
-from eagleray.models.gram.prompts import JudgeEncoder, JudgeTemplate
-from eagleray.models.gram.synthetic import make_candidates
 from eagleray.platform.config import ConfigError, validate_config
 from eagleray.platform.data.sources import DataError
 
@@ -20,50 +16,6 @@ from eagleray.platform.data.sources import DataError
 def _rows(path: Path, rows: list[dict[str, Any]]) -> dict[str, Any]:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return {"source": {"path": str(path)}}
-
-
-def _main(folder: Path, sets: dict[str, Any], scorers: dict[str, Any], **fields: Any) -> dict[str, Any]:
-    values = {
-        "sets": sets,
-        "scorers": scorers,
-        "bootstrap": 100,
-        "run": {"dir": str(folder / "run")},
-        **fields,
-    }
-    return best_of_n.main(validate_config(best_of_n.Config, values, "test"))
-
-
-@pytest.mark.ray
-@pytest.mark.usefixtures("ray_cluster")
-def test_a_judge_and_baselines_side_by_side(tmp_path: Path) -> None:
-    """The job's figures are those of the library's functions; n = 1 is a random choice for everyone."""
-    model, tokenizer = tiny_model(), tiny_tokenizer()
-    folder = tmp_path / "judge"
-    encoder = JudgeEncoder(tokenizer, JudgeTemplate.load("short"), max_length=512)
-    judge = Judge(model, encoder)
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    judge.save_settings(folder)
-    rows = make_candidates(3, 4, 0)
-    sets = {"made": _rows(tmp_path / "candidates.jsonl", rows)}
-    judged = {"kind": "judge", "path": str(folder)}
-    scorers = {"GRAM": judged, "longest": {"kind": "longest"}, "first": {"kind": "first"}}
-    figures = _main(tmp_path, sets, scorers)["sets"]["made"]
-    assert figures["n"] == [1, 2, 4] and figures["prompts"] == 3
-    for found in figures["scorers"].values():
-        assert found[0]["value"] == pytest.approx(figures["random"][0]["value"])
-    qualities = [[c["score"] for c in row["candidates"]] for row in rows]
-    assert figures["scorers"]["first"][-1]["value"] == pytest.approx(sum(q[0] for q in qualities) / 3)
-    assert figures["oracle"][-1]["value"] == pytest.approx(sum(map(max, qualities)) / 3)
-    expected = 0.0
-    for row, quality in zip(rows, qualities, strict=True):
-        answers = [c["text"] for c in row["candidates"]]
-        wins = [
-            sum(judge.compare([(row["prompt"], a, b)])[0].p_a for b in answers if b is not a) for a in answers
-        ]
-        expected += quality[wins.index(max(wins))] / 3
-    assert figures["scorers"]["GRAM"][-1]["value"] == pytest.approx(expected)
-    assert (tmp_path / "run" / "plots" / "made.png").is_file()
 
 
 def test_candidates_of_a_model_can_be_left_out_and_names_of_columns_given(tmp_path: Path) -> None:

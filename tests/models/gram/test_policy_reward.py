@@ -6,8 +6,9 @@ from collections.abc import Sequence
 
 import pytest
 
+from eagleray.models.gram.checks import CHECKS
 from eagleray.models.gram.judge import Comparison, Pair, read_out
-from eagleray.models.gram.policy_reward import answer_text, judge_reward, steps_in_order
+from eagleray.models.gram.policy_reward import answer_text, checked_reward, judge_reward, scored_reward
 
 
 class Longer:
@@ -43,7 +44,19 @@ def test_transforms_apply_to_empty_answers_too() -> None:
     assert reward(request=["p", "p"], completions=["abc", ""]) == [0.0, -3.0]
 
 
-def test_gold_and_text_of_completions() -> None:
+def test_rules_and_texts_of_completions() -> None:
     messages = [{"role": "assistant", "content": "First, a. Then, b. Finally, c."}]
     assert answer_text(messages) == "First, a. Then, b. Finally, c."
-    assert steps_in_order(completions=[messages, "Then, b. First, a."], request=["p", "p"]) == [1.0, 0.0]
+    reward = checked_reward(CHECKS["steps_in_order"], name="gold")
+    assert reward(completions=[messages, "Then, b. First, a."], request=["p", "p"]) == [1.0, 0.0]
+    assert reward.__name__ == "gold"  # type: ignore[attr-defined]
+    reward = checked_reward(CHECKS["last_number"], name="gold")
+    assert reward(completions=["so 12.", "so 3."], reference=["#### 12", "#### 12"]) == [1.0, 0.0]
+
+
+def test_a_discriminative_model_sees_prompt_and_answer() -> None:
+    class Lengths:
+        def score(self, conversations: Sequence[tuple[str, str]], /) -> list[float]:
+            return [float(len(prompt) * 10 + len(answer)) for prompt, answer in conversations]
+
+    assert scored_reward(Lengths(), name="x")(request=["p", "pp"], completions=[" abc ", ""]) == [13.0, 20.0]
