@@ -14,6 +14,7 @@ import soundfile
 from fastapi.testclient import TestClient
 from rovrm_cases import png, tiny_llava
 from selenium import webdriver
+from selenium.common.exceptions import StaleElementReferenceException
 from selenium.webdriver.common.by import By
 from selenium.webdriver.support.ui import Select, WebDriverWait
 from serving_cases import judge, language_model, listening, translator
@@ -83,7 +84,9 @@ class Page:
         return self.wait(lambda: output.text)
 
     def wait(self, condition: Any) -> Any:
-        return WebDriverWait(self.driver, 60, poll_frequency=0.05).until(lambda _: condition())
+        # The page fills its tables anew, so an element may go between being found and being read.
+        gone = [StaleElementReferenceException]
+        return WebDriverWait(self.driver, 60, 0.05, ignored_exceptions=gone).until(lambda _: condition())
 
 
 @pytest.fixture(scope="module")
@@ -112,8 +115,9 @@ def page() -> Iterator[Page]:
 
 def test_the_models_that_are_up(page: Page) -> None:
     page.open("models")
-    rows = page.wait(lambda: page.panel.find_elements(By.CSS_SELECTOR, "tbody tr"))
-    assert [row.text.split()[0] for row in rows] == ["judge", "rovrm", "nast", "student", "teacher"]
+    first_cells = "tbody tr > :first-child"
+    names = page.wait(lambda: [cell.text for cell in page.panel.find_elements(By.CSS_SELECTOR, first_cells)])
+    assert names == ["judge", "rovrm", "nast", "student", "teacher"]
 
 
 def test_compare(page: Page) -> None:
