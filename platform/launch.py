@@ -181,8 +181,10 @@ def _ray_train_settings(section: RaySection) -> Iterator[None]:
     # A report waits until the controller polls, and so does the end of the run; Ray's default is 2 s. It asks each
     # worker every time, hence less often with many.
     settings = {"RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": f"{max(0.2, section.max_workers / 500):g}"}
-    if worker_nodes(section) == {ray.get_runtime_context().get_node_id()}:
-        # When this machine is taken away, so is the driver: there is nothing to watch for.
+    here = {ray.get_runtime_context().get_node_id()}
+    if worker_nodes(section) == here and section.min_workers == section.max_workers:
+        # When this machine is taken away, so is the driver: there is nothing to watch for. Further workers of a run
+        # that grows may come to nodes that are not there yet.
         settings["RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"] = "0"
     ours = {name: value for name, value in settings.items() if name not in os.environ}
     os.environ.update(ours)

@@ -17,7 +17,6 @@ for _name, _value in {
     "RAY_USAGE_STATS_ENABLED": "0",
     "OMP_NUM_THREADS": "1",
     "TOKENIZERS_PARALLELISM": "false",
-    "DS_ACCELERATOR": "cpu",
     "HF_HUB_OFFLINE": "1",
     "MPLBACKEND": "Agg",
 }.items():

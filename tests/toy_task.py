@@ -11,8 +11,10 @@ import time
 import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any, ClassVar
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -128,6 +130,8 @@ def run_workers(function: Callable[..., None], world_size: int, *args: Any) -> N
     multiprocessing.set_forkserver_preload(
         ["deepspeed", "transformers.modeling_utils", "eagleray.platform.training"]
     )
+    with patch.dict(os.environ, DS_ACCELERATOR="cpu"):  # which DeepSpeed looks at when it is imported
+        forkserver.ensure_running()
     with tempfile.TemporaryDirectory() as folder:
         args = (world_size, f"file://{folder}/store", function, args)
         mp.start_processes(_worker, args, nprocs=world_size, start_method="forkserver")

@@ -5,13 +5,11 @@ from __future__ import annotations
 from itertools import product
 from typing import Any
 
-import pytest
+import schemathesis
 from serving_cases import judge, language_model, listening, translator
 
 from eagleray.serve.fleet import LocalFleet
 from eagleray.serve.gateway import gateway_app
-
-schemathesis: Any = pytest.importorskip("schemathesis", reason="schemathesis is a development dependency")
 
 EXAMPLES = 5
 """Requests for each endpoint and mode; the whole test must stay under 20 s."""
