@@ -2,9 +2,9 @@
 
     python -m eagleray.jobs.align.best_of_n --config configs/align/best_of_n_tiny.yaml
 
-Candidates come from files: rows with a prompt and a list of answers, from `align.sample` or whatever source, with their true
-scores, or with a gold model or rule that gives them. Scorers are a GRAM judge by any of its ranking methods, a discriminative reward model, and the baselines `longest`,
-`first` and (always there) a random choice. Curves over n are expectations over all subsets of n candidates, with
+Candidates come from files: rows with a prompt and a list of answers, from `align.sample` or whatever source, with their
+true scores, or with a gold model or rule that gives them. Scorers are a GRAM judge by any of its ranking methods, a
+discriminative reward model, and the baselines `longest`, `first` and (always there) a random choice. Curves over n are expectations over all subsets of n candidates, with
 intervals over prompts, against the bound of the KL divergence, ln n - (n - 1)/n.
 """
 
