@@ -51,12 +51,14 @@ def training_progress(
     console = console or Console(stderr=True)
     state = TrainingState(total_steps)
     follower = MetricsFollower(Path(run_dir) / METRICS_FILE)
+    started = time.time()
 
-    def look(*, live: bool = True) -> None:
+    def look() -> None:
+        # By its time: resuming cuts the file, after which the records of earlier attempts are read once more.
         for record in follower.new_records():
-            state.update(record, live=live)
+            state.update(record, live=record["time"] >= started)
 
-    look(live=False)
+    look()
     display = (
         _Bar(description, state, console) if console.is_terminal else _Lines(description, state, line_every_s)
     )

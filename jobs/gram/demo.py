@@ -24,7 +24,7 @@ from eagleray.jobs.gram import discriminative, evaluate, finetune, pretrain
 from eagleray.jobs.gram.generate import preference_files
 from eagleray.jobs.serve import serving
 from eagleray.models.gram.judge import Judge
-from eagleray.models.gram.prompts import render_pair
+from eagleray.models.gram.prompts import JudgeTemplate, render_pair
 from eagleray.models.gram.synthetic import make_corpus
 from eagleray.platform.cluster import connected
 from eagleray.platform.config import Config as Section
@@ -36,6 +36,7 @@ from eagleray.platform.sections import JobConfig, RaySection, RunSection
 
 JOB = "gram.demo"
 _RENDERED = 50
+_TEMPLATE = JudgeTemplate.load("short")
 logger = logging.getLogger(__name__)
 
 
@@ -51,11 +52,11 @@ class DemoData(Section):
 class Steps(Section):
     """Optimiser steps of each stage."""
 
-    backbone: int = Field(default=120, ge=1)
+    backbone: int = Field(default=100, ge=1)
     """Language modelling."""
-    pretrain: int = Field(default=60, ge=1)
+    pretrain: int = Field(default=50, ge=1)
     """Stage 1."""
-    finetune: int = Field(default=125, ge=1)
+    finetune: int = Field(default=90, ge=1)
     """Stage 2, and each trained baseline."""
 
 
@@ -67,7 +68,7 @@ class Config(JobConfig):
     ray: RaySection = RaySection(num_workers=2)
     data: DemoData = DemoData()
     backbone: BackboneSection = BackboneSection(
-        vocab_size=1024, width=128, layers=4, heads=4, max_length=1024
+        vocab_size=1024, width=128, layers=3, heads=4, max_length=1024
     )
     steps: Steps = Steps()
     seed: int = Field(default=0, ge=0)
@@ -133,16 +134,16 @@ class _Demo:
             "pretrain",
             pretrain,
             steps.pretrain,
-            lr=1e-3,
+            lr=2e-3,
             model=backbone_model,
             data=unlabelled,
             max_length=512,
         )
         pairs = {"train": self._source("train"), "eval": self._source("dev")}
-        judge: dict[str, Any] = {"data": pairs, "judge": {"max_length": 640, "template": "short"}}
+        judge: dict[str, Any] = {"data": pairs, "judge": {"max_length": 640, "template": _TEMPLATE.name}}
         stage_1 = {"path": self.model("pretrain")}
-        self._train("finetune", finetune, steps.finetune, lr=1e-3, model=stage_1, **judge)
-        self._train("no_stage_1", finetune, steps.finetune, lr=1e-3, model=backbone_model, **judge)
+        self._train("finetune", finetune, steps.finetune, lr=2e-3, model=stage_1, **judge)
+        self._train("no_stage_1", finetune, steps.finetune, lr=2e-3, model=backbone_model, **judge)
         discriminator: dict[str, Any] = {"data": pairs, "max_length": 512}
         self._train(
             "discriminative", discriminative, steps.finetune, lr=1e-3, model=backbone_model, **discriminator
@@ -161,6 +162,8 @@ class _Demo:
             },
             "sets": {"test": {"pairs": self._source("test")}},
             "seed": self.cfg.seed,
+            # Few pairs: most of the time goes into starting a process for every model.
+            "ray": {**self.cfg.ray.model_dump(), "num_workers": 1},
         }
         with self._timed("evaluation"), contextlib.suppress(RunFinishedError):
             evaluate.main(self._config(evaluate, "evaluation", values))
@@ -210,7 +213,7 @@ class _Demo:
 
 def _generated(count: int, seed: int) -> dict[str, list[Any]]:
     files = preference_files(count, seed, dev=100, test=300)
-    return {**files, "corpus.txt": [make_corpus(1_000_000, seed)]}
+    return {**files, "corpus.txt": [make_corpus(1_000_000, seed), *_rendered(files["unlabelled.jsonl"])]}
 
 
 def _from_file(path: str, seed: int) -> dict[str, list[Any]]:
@@ -232,9 +235,9 @@ def _from_file(path: str, seed: int) -> dict[str, list[Any]]:
 
 
 def _rendered(unlabelled: list[dict[str, Any]]) -> list[str]:
-    """A few pairs between their markers, so that the tokenizer has tokens for these; too few to teach the task."""
-    rows = unlabelled[:_RENDERED]
-    return ["".join(render_pair(row["prompt"], row["response_a"], row["response_b"])) for row in rows]
+    """A few pairs as both stages show them, so that the tokenizer has tokens for the markers; too few to teach the task."""
+    texts = [(row["prompt"], row["response_a"], row["response_b"]) for row in unlabelled[:_RENDERED]]
+    return ["".join(render_pair(*pair)) for pair in texts] + [_TEMPLATE.render(*pair) for pair in texts]
 
 
 def _row(pair: Preference) -> dict[str, Any]:

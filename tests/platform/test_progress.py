@@ -131,6 +131,20 @@ def test_log_lines_without_a_terminal(tmp_path: Path, caplog: pytest.LogCaptureF
     assert console.file.getvalue() == ""  # pyright: ignore[reportAttributeAccessIssue]
 
 
+def test_a_resumed_run_shows_its_own_pace(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    day_before = time.time() - 86_400
+    path.write_text("".join(json.dumps(record(step, day_before + step)) + "\n" for step in range(1, 31)))
+    with training_progress(tmp_path, 100, "toy", poll_s=0.01) as state:
+        cut_metrics(path, 20)  # the checkpoint it goes on from
+        now = time.time()
+        with path.open("a") as file:
+            file.writelines(json.dumps(record(step, now + (step - 20) / 4)) + "\n" for step in (21, 22, 23))
+        wait_for(lambda: state.step == 23)
+        assert state.steps_per_second == 4.0
+        assert state.seconds_left == (100 - 23) / 4.0
+
+
 def test_live_bar_on_a_terminal(tmp_path: Path) -> None:
     screen = io.StringIO()
     console = Console(file=screen, force_terminal=True, width=120)
