@@ -56,7 +56,7 @@ class Steps(Section):
     """Language modelling."""
     pretrain: int = Field(default=50, ge=1)
     """Stage 1."""
-    finetune: int = Field(default=90, ge=1)
+    finetune: int = Field(default=80, ge=1)
     """Stage 2, and each trained baseline."""
 
 
@@ -68,7 +68,7 @@ class Config(JobConfig):
     ray: RaySection = RaySection(num_workers=2)
     data: DemoData = DemoData()
     backbone: BackboneSection = BackboneSection(
-        vocab_size=1024, width=128, layers=3, heads=4, max_length=1024
+        vocab_size=1024, width=128, layers=2, heads=4, max_length=1024
     )
     steps: Steps = Steps()
     seed: int = Field(default=0, ge=0)
