@@ -56,7 +56,10 @@ def config(*overrides: str, space: str = "label_smoothing", **options: Any) -> C
 
 @pytest.mark.parametrize(("name", "target"), [(s, job) for s in SPACES for job in TARGETS.get(s, TRAINING)])
 @pytest.mark.parametrize("search", ["grid", "random", "optuna"])
-def test_every_space_fits_the_configs_that_it_targets(name: str, target: str, search: Any) -> None:
+def test_every_space_fits_the_configs_that_it_targets(
+    name: str, target: str, search: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)  # a model that the examples left behind would bear fewer points
     job = load_job(target)
     tiny = load_config(job.Config, ROOT / "configs" / f"{target.replace('.', '/')}_tiny.yaml")
     space = load_space(name, search, job)
