@@ -25,19 +25,24 @@ class PlacementError(ValueError):
 
 
 @contextlib.contextmanager
-def connected(section: RaySection) -> Iterator[None]:
+def connected(section: RaySection, *, dashboard: bool = False) -> Iterator[None]:
     """Ray is connected inside the block.
 
     A connection that exists already is used and left open. Otherwise: `ray.address` if given, the own
     cluster inside a submitted job, and else a new local cluster with this machine's cores. `ray.init()`
     without an address would silently join any cluster that happens to run on the machine.
+
+    Args:
+        section: Where.
+        dashboard: Whether a new local cluster has Ray's dashboard, a web server that takes seconds of a core to start.
     """
     if ray.is_initialized():
         yield
         return
     address = section.address or ("auto" if in_submitted_job() else "local")
     try:
-        ray.init(address=address, log_to_driver=True, logging_level=logging.WARNING)
+        options = {"include_dashboard": dashboard} if address == "local" else {}
+        ray.init(address=address, log_to_driver=True, logging_level=logging.WARNING, **options)
     except (ConnectionError, ValueError, RuntimeError) as error:
         raise PlacementError(
             f"`ray.address` is {address!r}; no cluster can be reached there: {error}"

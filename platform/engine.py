@@ -68,9 +68,10 @@ def build_engine(model: nn.Module, cfg: TrainingConfig, *, total_steps: int) -> 
     if cfg.train.precision == "fp16" and not torch.cuda.is_available():
         raise ValueError("`train.precision` is fp16, which needs a GPU; use bf16 or fp32 on CPUs.")
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    # On CPUs DeepSpeed would compile this op for tensor-parallel inference at every start. A worker killed just
-    # then leaves torch's lock on the build behind, and every later start on the machine waits for it forever.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    # The table of ops that could be compiled here, asked for one of them only: for tensor-parallel inference on CPUs,
+    # which would be compiled at every start. A worker killed just then leaves torch's lock on the build behind, and
+    # every later start on the machine waits for it forever. Filling the table runs a C compiler, so it stays empty.
+    deepspeed.ops.__compatible_ops__ = {}
     optimizer = _build_optimizer(model, cfg.optim, offload=cfg.deepspeed.offload_optimizer)
     engine, *_ = deepspeed.initialize(
         model=Stepper(model),

@@ -51,7 +51,7 @@ def train(
         cfg: The job's config.
         job: The job's name in run folders.
         prepare: Writes the examples that the task reads into `run.data`; called for a new run only.
-        callbacks: Ray Train callbacks, e.g. Tune's `TuneReportCallback`.
+        callbacks: Ray Train callbacks, called in this process.
         data_of: Run folder whose prepared examples are used, in place of preparing the same ones again.
 
     Raises:
@@ -180,7 +180,11 @@ def _ray_train_settings(section: RaySection) -> Iterator[None]:
 
     # A report waits until the controller polls, and so does the end of the run; Ray's default is 2 s. It asks each
     # worker every time, hence less often with many.
-    settings = {"RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": f"{max(0.2, section.max_workers / 500):g}"}
+    settings = {
+        "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": f"{max(0.2, section.max_workers / 500):g}",
+        # The controller runs in this process, whose logging is ours.
+        "RAY_TRAIN_ENABLE_CONTROLLER_STRUCTURED_LOGGING": "0",
+    }
     here = {ray.get_runtime_context().get_node_id()}
     if worker_nodes(section) == here and section.min_workers == section.max_workers:
         # When this machine is taken away, so is the driver: there is nothing to watch for. Further workers of a run

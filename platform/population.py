@@ -159,9 +159,10 @@ def run_population(plan: SweepPlan, folder: Path, *, max_concurrent: int) -> lis
         population.segments.append(first_members(plan))
         population.save(folder)
     ends = segment_ends(plan.train, plan.perturb_every)
+    idle: list[Any] = []
     while True:
         number, members = len(population.segments), population.segments[-1]
-        errors = _run_segment(plan, trials_dir, number, members, ends[number - 1], max_concurrent)
+        errors = _run_segment(plan, trials_dir, number, members, ends[number - 1], max_concurrent, idle)
         scores = {name: _score(_folder(trials_dir, name, number), space) for name in members}
         if number == len(ends) or not any(score is not None for score in scores.values()):
             break
@@ -276,11 +277,16 @@ def _run_segment(
     members: Mapping[str, Member],
     end: int,
     max_concurrent: int,
+    idle: list[Any],
 ) -> dict[str, str]:
-    """Train all members to the end of a segment, unless they are there; returns why some failed."""
+    """Train all members to the end of a segment, unless they are there; returns why some failed.
+
+    Args:
+        idle: Actors of earlier segments, which are used again, as they have imported everything.
+    """
     leftovers, running, errors = Leftovers(), {}, {}
     waiting = [name for name in members if not is_finished(_folder(trials_dir, name, number))]
-    train = ray.remote(num_cpus=0, max_retries=0)(_train_segment)
+    start = ray.remote(num_cpus=0)(_SegmentTrainer).remote
     try:
         while waiting or running:
             while waiting and len(running) < max_concurrent:
@@ -288,30 +294,47 @@ def _run_segment(
                 point = ", ".join(f"{key} = {shown(member.point[key])}" for key in plan.space.varied)
                 logger.info("Trial %s trains to step %d: %s.", name, end, point)
                 run_dir, note = _folder(trials_dir, name, number), f"trial {name}, segment {number}"
-                running[train.remote(plan, run_dir, member, end, note, Path.cwd())] = name
+                trainer = idle.pop() if idle else start(plan, Path.cwd())
+                running[trainer.train.remote(run_dir, member, end, note)] = name, trainer
             done, _ = ray.wait(list(running), timeout=1.0)
             leftovers.release()
             for reference in done:
-                name = running.pop(reference)
+                name, trainer = running.pop(reference)
                 try:
                     ray.get(reference)
                 except RayError as error:
                     errors[name] = last_line(error)
                     logger.warning("Trial %s failed in segment %d: %s", name, number, errors[name])
+                    ray.kill(trainer)  # nobody knows what it still holds
+                else:
+                    idle.append(trainer)
     finally:
-        for reference in running:
-            ray.cancel(reference, force=True)
+        for _, trainer in running.values():
+            ray.kill(trainer)
         leftovers.settle()
     return errors
 
 
-def _train_segment(
-    plan: SweepPlan, run_dir: Path, member: Member, end: int, note: str, working_dir: Path
-) -> None:
-    start = member.start_from
-    point = {**member.point, SEED_KEY: plan.seeds[0], "train.start_from": start, "train.stop_at": end}
-    data_of = None if start is None else Path(start).parents[1]
-    start_trial(plan, run_dir, point, working_dir=working_dir, note=note, data_of=data_of)
+class _SegmentTrainer:
+    """An actor that trains segments, one after the other.
+
+    No task: Ray keeps a placement group that a task made until the driver ends, one that an actor made can be told to
+    have no owner any more (`platform/leftovers.py`).
+    """
+
+    def __init__(self, plan: SweepPlan, working_dir: Path) -> None:
+        self._plan, self._working_dir = plan, working_dir
+
+    def train(self, run_dir: Path, member: Member, end: int, note: str) -> None:
+        start = member.start_from
+        point = {
+            **member.point,
+            SEED_KEY: self._plan.seeds[0],
+            "train.start_from": start,
+            "train.stop_at": end,
+        }
+        data_of = None if start is None else Path(start).parents[1]
+        start_trial(self._plan, run_dir, point, working_dir=self._working_dir, note=note, data_of=data_of)
 
 
 def _outcomes(

@@ -130,7 +130,7 @@ def running(
     """
     models = [_absolute(app) for app in models]
     port = _free_port(host, port)
-    with connected(RaySection(address=address)):
+    with connected(RaySection(address=address), dashboard=True):  # `serve status` and metrics go through it
         models = _placed(models)
         if serve.status().proxies:
             raise ServingError(

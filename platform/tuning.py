@@ -26,6 +26,7 @@ from typing import Any
 import numpy as np
 import yaml
 from ray import tune
+from ray.train import UserCallback
 from ray.tune.experiment import Trial
 from ray.tune.schedulers import ASHAScheduler, TrialScheduler
 from ray.tune.search import BasicVariantGenerator
@@ -138,18 +139,23 @@ def run_trials(plan: SweepPlan, folder: Path, *, max_concurrent: int) -> list[Tr
 
 def _trial_function(plan: SweepPlan, trials_dir: Path, working_dir: Path) -> Callable[[dict[str, Any]], None]:
     def trial(point: dict[str, Any]) -> None:
-        from ray.tune.integration.ray_train import TuneReportCallback
-
         name = tune.get_context().get_trial_name()
         run_dir = trials_dir / name
         for record in _earlier_evaluations(run_dir):
             tune.report(record)
         if _ended(run_dir):
             return
-        options = {"working_dir": working_dir, "note": f"trial {name}", "callbacks": [TuneReportCallback()]}
+        options = {"working_dir": working_dir, "note": f"trial {name}", "callbacks": [_ReportToTune()]}
         start_trial(plan, run_dir, point, **options)
 
     return trial
+
+
+class _ReportToTune(UserCallback):
+    """Passes on what worker 0 reports. Ray's own goes through an actor, as its controller runs elsewhere."""
+
+    def after_report(self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: Any) -> None:
+        tune.report(metrics[0])
 
 
 def _earlier_evaluations(run_dir: Path) -> list[dict[str, Any]]:
