@@ -6,8 +6,11 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
+
+_TESTS = Path(__file__).parent
 
 # Before anything imports Ray, torch or matplotlib. Tests talk to no cluster but their own, so tokens only stand
 # in the way, and no test may reach for the network or a display.
@@ -21,6 +24,11 @@ for _name, _value in {
     "MPLBACKEND": "Agg",
 }.items():
     os.environ.setdefault(_name, _value)
+
+# Ray's workers import tasks of the tests.
+os.environ["PYTHONPATH"] = os.pathsep.join(
+    filter(None, [str(_TESTS.parent), str(_TESTS), os.environ.get("PYTHONPATH")])
+)
 
 
 @pytest.fixture(scope="session")

@@ -1,7 +1,7 @@
-"""Nodes that go: a driver with a small cluster of its own (`python -m node_loss FOLDER`), run by a test.
+"""Nodes that go: a driver with a small cluster of its own (`python -m node_loss CASE FOLDER`), run by a test.
 
 Ray's simulated nodes are processes of this machine, so a node that is removed ungracefully takes its workers with
-it as a machine that loses its power would. One cluster serves both cases:
+it as a machine that loses its power would. The cases:
 
 - `fixed`: one of the two nodes in use goes without notice and a third takes its place; Ray starts both workers again.
 - `elastic`: Ray announces that a node will go; the run saves a checkpoint at once and goes on with one worker.
@@ -28,35 +28,35 @@ STEPS = ["train.max_steps=80", "train.eval_every=10", "train.micro_batch_size=4"
 PREEMPTED = 2  # the reason in Ray's protocol (autoscaler.proto, DRAIN_NODE_REASON_PREEMPTION)
 
 
-def main(folder: Path) -> None:
-    """Train both runs, each with a thread that takes a node away."""
+def main(case: str, folder: Path) -> None:
+    """Train a run into `folder`, with a thread that takes a node away."""
     os.environ["RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S"] = "0.5"
     memory = 150 * 2**20
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "object_store_memory": memory})
-    nodes = [cluster.add_node(num_cpus=1, object_store_memory=memory) for _ in range(3)]
+    count = {"fixed": 3, "elastic": 2}[case]
+    nodes = [cluster.add_node(num_cpus=1, object_store_memory=memory) for _ in range(count)]
     ray.init(address=cluster.address, log_to_driver=True)
 
     def remove_node() -> None:
-        _wait_for(folder / "fixed" / "checkpoints" / "step-00000020")
-        node = next(filter(_has_worker, nodes))
-        nodes.remove(node)
-        cluster.remove_node(node, allow_graceful=False)
+        _wait_for(folder / "checkpoints" / "step-00000020")
+        cluster.remove_node(next(filter(_has_worker, nodes)), allow_graceful=False)
 
     def announce_and_remove_node() -> None:
-        run = folder / "elastic"
-        while len(read_metrics(run / "metrics.jsonl")) < 10:
+        while len(read_metrics(folder / "metrics.jsonl")) < 10:
             time.sleep(0.02)
         deadline_ms = int((time.time() + 60) * 1000)
         gcs = cluster.head_node.get_gcs_client()
         gcs.drain_node(nodes[0].node_id, PREEMPTED, "the test takes it", deadline_ms)
-        while not list((run / "checkpoints").glob("step-????????")):  # it has no others before its end
+        while not list((folder / "checkpoints").glob("step-????????")):  # it has no others before its end
             time.sleep(0.02)
         cluster.remove_node(nodes[0], allow_graceful=False)
 
     common = [*STEPS, "pause_s=0.05", "ray.max_failures=3"]
-    _train_beside(remove_node, folder / "fixed", *common, "ray.num_workers=2")
-    elastic = ["ray.num_workers=[1, 2]", "train.eval_every=80"]
-    _train_beside(announce_and_remove_node, folder / "elastic", *common, *elastic)
+    if case == "fixed":
+        _train_beside(remove_node, folder, *common, "ray.num_workers=2")
+    else:
+        elastic = ["ray.num_workers=[1, 2]", "train.eval_every=80"]
+        _train_beside(announce_and_remove_node, folder, *common, *elastic)
     ray.shutdown()
     cluster.shutdown()
 
@@ -80,4 +80,4 @@ def _wait_for(path: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(sys.argv[1], Path(sys.argv[2]))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -17,7 +18,7 @@ from eagleray.jobs.cli import main
 from eagleray.jobs.launch import find_user_error, run_job
 from eagleray.jobs.registry import JOBS, load_job
 from eagleray.platform.config import Config, ConfigError
-from eagleray.platform.runs import RunFolder
+from eagleray.platform.runs import RunFolder, RunInterrupted
 from eagleray.platform.sections import JobConfig, TrackingSection
 from eagleray.platform.tracking import MetricsSink
 
@@ -125,9 +126,16 @@ def test_mistakes_are_one_message_and_code_2(
     assert "Traceback" not in printed
 
 
-def test_ctrl_c_says_how_to_resume_and_that_works(toy: ToyJob, capsys: pytest.CaptureFixture[str]) -> None:
-    toy.action = raising(KeyboardInterrupt())
-    assert exit_code("train", "toy.yaml", "lr=0.3", "run.dir=my run") == 130
+@pytest.mark.parametrize(
+    ("stop", "code"),
+    [(KeyboardInterrupt(), 130), (RunInterrupted("my run", signal.SIGTERM), 143)],
+    ids=["ctrl-c", "sigterm"],
+)
+def test_a_stop_says_how_to_resume_and_that_works(
+    toy: ToyJob, capsys: pytest.CaptureFixture[str], stop: BaseException, code: int
+) -> None:
+    toy.action = raising(stop)
+    assert exit_code("train", "toy.yaml", "lr=0.3", "run.dir=my run") == code
     printed = capsys.readouterr().err
     assert "eagleray train 'my run/config.yaml' 'run.dir=my run'" in printed
     toy.action = lambda run: None

@@ -15,7 +15,7 @@ import node_loss
 import psutil
 import pytest
 import torch.distributed as dist
-from toy_task import ToyTask, assert_identical, read_run, run_workers, toy_config, write_toy_data
+from toy_task import ToyTask, assert_identical, read_run, run_workers, toy_config, train_toy, write_toy_data
 
 from eagleray.jobs.backbone import pretrain
 from eagleray.models.gram.synthetic import make_corpus
@@ -56,22 +56,27 @@ def _kill_workers(checkpoints: Path, killed: list[list[int]]) -> None:
         killed.append([worker.pid for worker in workers[:how_many]])
 
 
+def _undisturbed(rank: int, folder: str, overrides: list[str]) -> None:
+    if rank == 0:
+        write_toy_data(Path(folder) / "data")
+    dist.barrier()
+    cfg = toy_config(*overrides)
+    run_training(ToyTask(cfg, Path(folder) / "data"), cfg, Path(folder))
+
+
 @pytest.mark.usefixtures("ray_cluster")
 def test_killed_workers_change_nothing(tmp_path: Path) -> None:
     """One worker, later all of them, die by SIGKILL; the run ends bit-identical to an undisturbed one."""
-    whole = pretrain.main(_config(tmp_path, f"run.dir={tmp_path / 'whole'}"))
+    run = ["train.max_steps=30", "train.eval_every=5", "train.micro_batch_size=4", "dropout=0.2"]
     killed: list[list[int]] = []
     killer = threading.Thread(target=_kill_workers, args=(tmp_path / "hit" / "checkpoints", killed))
     killer.start()
-    hit = pretrain.main(_config(tmp_path, f"run.dir={tmp_path / 'hit'}", "ray.max_failures=2"))
+    train_toy(tmp_path / "hit", *run, "pause_s=0.05", "ray={num_workers: 2, max_failures: 2}")
     killer.join()
     assert [len(pids) for pids in killed] == [1, 2]
-    assert hit.summary == whole.summary
-    assert_identical(hit.path, whole.path)
-    manifest = json.loads((whole.path / "manifest.json").read_text())
-    assert manifest["status"] == "finished" and list(manifest["data_hashes"]) == [
-        str(tmp_path / "corpus.txt")
-    ]
+    assert json.loads((tmp_path / "hit" / "manifest.json").read_text())["status"] == "finished"
+    run_workers(_undisturbed, 2, str(tmp_path / "whole"), run)
+    assert_identical(tmp_path / "hit", tmp_path / "whole")
 
 
 @pytest.mark.usefixtures("ray_cluster")
@@ -99,31 +104,35 @@ def test_what_cannot_be_placed_is_refused(tmp_path: Path) -> None:
         pretrain.main(_config(tmp_path, "ray.use_gpu=true"))
 
 
-def _undisturbed(rank: int, folder: str) -> None:
-    if rank == 0:
-        write_toy_data(Path(folder) / "data")
-    dist.barrier()
-    cfg = toy_config(*node_loss.STEPS)
-    run_training(ToyTask(cfg, Path(folder) / "data"), cfg, Path(folder))
-
-
-def test_lost_nodes(tmp_path: Path) -> None:
-    """A node goes without notice and is replaced: bit-identical. One goes with notice: one worker goes on."""
+def _lose_node(case: str, run_dir: Path) -> str:
+    """A run of `node_loss.py`; returns its messages."""
     tests = Path(node_loss.__file__).parent
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tests.parent), str(tests)])}
-    command = [sys.executable, "-m", "node_loss", str(tmp_path)]
+    command = [sys.executable, "-m", "node_loss", case, str(run_dir)]
     done = subprocess.run(command, check=False, env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
-    run_workers(_undisturbed, 2, str(tmp_path / "whole"))
-    assert_identical(tmp_path / "fixed", tmp_path / "whole")
+    return done.stdout + done.stderr
 
-    assert "is about to be taken away: a checkpoint is saved at step" in done.stdout + done.stderr
+
+def test_a_lost_node_is_replaced(tmp_path: Path) -> None:
+    """It goes without notice, another one is there: bit-identical to an undisturbed run."""
+    _lose_node("fixed", tmp_path / "hit")
+    run_workers(_undisturbed, 2, str(tmp_path / "whole"), node_loss.STEPS)
+    assert_identical(tmp_path / "hit", tmp_path / "whole")
+
+
+@pytest.mark.soak
+def test_an_announced_loss_leaves_one_worker(tmp_path: Path) -> None:
+    """A node goes with notice and none takes its place: a checkpoint at once, and one worker goes on from it."""
+    messages = _lose_node("elastic", tmp_path / "hit")
+    assert "is about to be taken away: a checkpoint is saved at step" in messages
+    run_workers(_undisturbed, 2, str(tmp_path / "whole"), node_loss.STEPS)
     trained, expected = (
         [record for record in read_run(tmp_path / name)[0] if record["kind"] == "train"]
-        for name in ("elastic", "whole")
+        for name in ("hit", "whole")
     )
     assert [record["step"] for record in trained] == [record["step"] for record in expected]
     losses = [record["loss"] for record in trained]
     assert losses == pytest.approx([record["loss"] for record in expected], abs=1e-4)
-    [checkpoint] = (tmp_path / "elastic" / "checkpoints").glob("step-00000080")
+    [checkpoint] = (tmp_path / "hit" / "checkpoints").glob("step-00000080")
     assert json.loads((checkpoint / "checkpoint.json").read_text())["world_size"] == 1

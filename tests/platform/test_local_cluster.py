@@ -53,7 +53,7 @@ PROBE = """
 
 
 def test_the_command_starts_nodes_and_stops_only_them(tmp_path: Path) -> None:
-    with local_cluster(nodes=1) as other:
+    with local_cluster() as other:
         command = [sys.executable, "-m", "eagleray.jobs.cli", "cluster", "local", "--nodes", "2"]
         process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
         assert process.stdout is not None
