@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import groupby
 from typing import Any
 
 import numpy as np
@@ -14,6 +16,9 @@ from eagleray.platform.sections import RaySection
 
 Row = dict[str, Any]
 Score = Callable[[list[Row]], Sequence[Row]]
+
+_MODEL = "_model"
+"""Key of a row: the name of the model that it is for."""
 
 
 def map_with_model(
@@ -27,6 +32,35 @@ def map_with_model(
     """Results of all rows, in their order; arguments and errors are those of `stream_with_model`."""
     found = dict(stream_with_model(build, arguments, rows, section, batch_size=batch_size))
     return [found[index] for index in range(len(rows))]
+
+
+def map_with_models(
+    build: Callable[..., Score],
+    models: Mapping[str, dict[str, Any]],
+    rows: Mapping[str, Sequence[Row]],
+    section: RaySection,
+    *,
+    batch_size: int = 128,
+) -> dict[str, list[Row]]:
+    """Results of several models, each for rows of its own, in one pass: workers start once and hold one model at a time.
+
+    Args:
+        build: As in `stream_with_model`.
+        models: Name -> arguments of `build`.
+        rows: Name -> rows, with the same keys for all models.
+        section: Workers and their resources.
+        batch_size: Rows handed over at a time.
+
+    Returns:
+        Name -> results in the order of the rows.
+
+    Raises:
+        PlacementError: The cluster cannot hold the workers.
+    """
+    named = [{_MODEL: name, **row} for name in models for row in rows[name]]
+    arguments = {"build": build, "models": dict(models)}
+    found = iter(map_with_model(_ModelSwitch, arguments, named, section, batch_size=batch_size))
+    return {name: [next(found) for _ in rows[name]] for name in models}
 
 
 def stream_with_model(
@@ -71,6 +105,29 @@ def stream_with_model(
         )
         for row in scored.iter_rows():
             yield row.pop("_index"), row
+
+
+class _ModelSwitch:
+    """Rows to results by the model that each names; two names of one model load it once."""
+
+    def __init__(self, build: Callable[..., Score], models: dict[str, dict[str, Any]]) -> None:
+        self._build, self._models = build, models
+        self._held: dict[str, Any] | None = None
+        self._score: Score | None = None
+
+    def __call__(self, rows: list[Row]) -> list[Row]:
+        results: list[Row] = []
+        for name, part in groupby(rows, key=lambda row: row[_MODEL]):
+            score = self._switch(self._models[name])
+            results += score([{key: row[key] for key in row if key != _MODEL} for row in part])
+        return results
+
+    def _switch(self, arguments: dict[str, Any]) -> Score:
+        if self._score is None or arguments != self._held:
+            self._score = None
+            gc.collect()  # memory for the next one
+            self._score, self._held = self._build(**arguments), arguments
+        return self._score
 
 
 class _Worker:

@@ -37,7 +37,7 @@ from eagleray.platform.config import Config as Section
 from eagleray.platform.data.preferences import PreferenceMixture, load_preferences
 from eagleray.platform.data.sources import DataError, SourceConfig, file_hashes, read_rows
 from eagleray.platform.runs import RunFolder
-from eagleray.platform.scoring import Row, Score, map_with_model
+from eagleray.platform.scoring import Row, Score, map_with_models
 from eagleray.platform.sections import JobConfig, ModelPath
 
 JOB = "gram.evaluate"
@@ -125,11 +125,7 @@ def main(cfg: Config) -> dict[str, Any]:
     with RunFolder.create(JOB, cfg).recording() as run, connected(cfg.ray):
         sets = {name: _load_set(section) for name, section in cfg.sets.items()}
         run.update_manifest(data_hashes={k: v for loaded in sets.values() for k, v in loaded.hashes.items()})
-        comparisons: dict[str, dict[str, list[Comparison]]] = {name: {} for name in sets}
-        for scorer, section in cfg.scorers.items():
-            logger.info("Scoring with %s.", scorer)
-            for name, found in _score(section, sets, cfg).items():
-                comparisons[name][scorer] = found
+        comparisons = _compare_sets(cfg, sets)
         report = {"sets": {name: _report(cfg, name, sets[name], comparisons[name]) for name in sets}}
         _write_results(run, sets, comparisons)
         run.write_report(report)
@@ -180,8 +176,8 @@ def build_scorer(kind: str, path: str, options: dict[str, Any]) -> Score:
     return score
 
 
-def _score(section: ScorerSection, sets: dict[str, LoadedSet], cfg: Config) -> dict[str, list[Comparison]]:
-    """Comparisons of every set, chosen answer first, in one pass over all pairs.
+def _compare_sets(cfg: Config, sets: dict[str, LoadedSet]) -> dict[str, dict[str, list[Comparison]]]:
+    """Set -> scorer -> comparisons with the chosen answer first; one pass of each scorer over all pairs.
 
     The chosen answer is shown first in a seeded half of the pairs: with `swap_average: none` a judge that always
     prefers slot A would otherwise be always right.
@@ -192,23 +188,36 @@ def _score(section: ScorerSection, sets: dict[str, LoadedSet], cfg: Config) -> d
     for (name, i), flip in zip(keys, flipped, strict=True):
         prompt, chosen, rejected = sets[name].pairs[i]
         pairs.append((prompt, rejected, chosen) if flip else (prompt, chosen, rejected))
-    found: dict[str, list[Comparison]] = {name: [] for name in sets}
-    for (name, _), flip, result in zip(keys, flipped, _compare(section, pairs, cfg), strict=True):
-        found[name].append(result.swapped() if flip else result)
-    return found
+    comparisons: dict[str, dict[str, list[Comparison]]] = {name: {} for name in sets}
+    for scorer, found in _compare(cfg, pairs).items():
+        for (name, _), flip, result in zip(keys, flipped, found, strict=True):
+            comparisons[name].setdefault(scorer, []).append(result.swapped() if flip else result)
+    return comparisons
 
 
-def _compare(section: ScorerSection, pairs: Sequence[Pair], cfg: Config) -> list[Comparison]:
+def _compare(cfg: Config, pairs: Sequence[Pair]) -> dict[str, list[Comparison]]:
+    """What each scorer finds, in the order of the config."""
+    logger.info("Scoring %d pairs with %s.", len(pairs), ", ".join(cfg.scorers))
+    models = {
+        name: {"kind": section.kind, "path": section.path, "options": section.options}
+        for name, section in cfg.scorers.items()
+        if section.kind in ("judge", "discriminative")
+    }
+    rows = [{"prompt": prompt, "first": first, "second": second} for prompt, first, second in pairs]
+    modelled = map_with_models(build_scorer, models, dict.fromkeys(models, rows), cfg.ray)
+    return {
+        name: [Comparison(**row) for row in modelled[name]] if name in models else _by_rule(section, pairs)
+        for name, section in cfg.scorers.items()
+    }
+
+
+def _by_rule(section: ScorerSection, pairs: Sequence[Pair]) -> list[Comparison]:
     if section.kind == "longer_answer":
         return LongerAnswer().compare(pairs)
-    if section.kind == "bag_of_words":
-        assert section.train and section.dev
-        parts = [load_preferences(data)[0] for data in (section.train, section.dev)]
-        train, dev = ([(p.prompt_text, p.chosen, p.rejected) for p in part] for part in parts)
-        return BagOfWords().fit(train, dev).compare(pairs)
-    rows = [{"prompt": prompt, "first": first, "second": second} for prompt, first, second in pairs]
-    arguments = {"kind": section.kind, "path": section.path, "options": section.options}
-    return [Comparison(**row) for row in map_with_model(build_scorer, arguments, rows, cfg.ray)]
+    assert section.train and section.dev
+    parts = [load_preferences(data)[0] for data in (section.train, section.dev)]
+    train, dev = ([(p.prompt_text, p.chosen, p.rejected) for p in part] for part in parts)
+    return BagOfWords().fit(train, dev).compare(pairs)
 
 
 def _load_set(section: EvaluationSet) -> LoadedSet:

@@ -31,7 +31,7 @@ from eagleray.models.rovrm.scoring import TooLongError, VisualScorer
 from eagleray.platform.cluster import connected
 from eagleray.platform.config import Config as Section
 from eagleray.platform.runs import RunFolder
-from eagleray.platform.scoring import Row, Score, map_with_model
+from eagleray.platform.scoring import Row, Score, map_with_models
 from eagleray.platform.sections import JobConfig
 
 JOB = "rovrm.evaluate"
@@ -184,27 +184,38 @@ def _all_rewards(
     """Set -> scorer -> rewards of each sample, None where it does not fit; one pass of a model over all sets."""
     keys = [(name, i) for name, samples in sets.items() for i in range(len(samples))]
     rewards: dict[str, dict[str, list[list[float] | None]]] = {name: {} for name in sets}
-    for scorer, section in cfg.scorers.items():
-        logger.info("Scoring with %s.", scorer)
-        found = _rewards(section, [sets[name][i] for name, i in keys], cfg)
+    for scorer, found in _rewards(cfg, [sets[name][i] for name, i in keys]).items():
         for (name, _), values in zip(keys, found, strict=True):
             rewards[name].setdefault(scorer, []).append(values)
     return rewards
 
 
-def _rewards(section: ScorerSection, samples: Sequence[Sample], cfg: Config) -> Sequence[list[float] | None]:
-    if section.kind == "longer_answer":
-        return [[math.log(1 + len(answer)) for answer in s.record.responses] for s in samples]
-    rows = [
-        {
-            "prompt": s.record.prompt,
-            "answers": json.dumps(s.record.responses),
-            "image": b"" if section.blind else s.image or b"",
-        }
-        for s in samples
-    ]
-    arguments = {"path": section.path, "limits": cfg.images.model_dump()}
-    return [json.loads(row["rewards"]) for row in map_with_model(build_scorer, arguments, rows, cfg.ray)]
+def _rewards(cfg: Config, samples: Sequence[Sample]) -> dict[str, list[list[float] | None]]:
+    """What each scorer finds, in the order of the config."""
+    logger.info("Scoring %d samples with %s.", len(samples), ", ".join(cfg.scorers))
+    limits = cfg.images.model_dump()
+    models = {
+        name: {"path": section.path, "limits": limits}
+        for name, section in cfg.scorers.items()
+        if section.path is not None
+    }
+    rows = {name: [_row(s, blind=cfg.scorers[name].blind) for s in samples] for name in models}
+    modelled = map_with_models(build_scorer, models, rows, cfg.ray)
+    return {
+        name: [json.loads(row["rewards"]) for row in modelled[name]]
+        if name in models
+        else [[math.log(1 + len(answer)) for answer in s.record.responses] for s in samples]
+        for name in cfg.scorers
+    }
+
+
+def _row(sample: Sample, *, blind: bool) -> Row:
+    answers = json.dumps(sample.record.responses)
+    return {
+        "prompt": sample.record.prompt,
+        "answers": answers,
+        "image": b"" if blind else sample.image or b"",
+    }
 
 
 def _report(
