@@ -143,7 +143,7 @@ def render(settings: Sequence[str], *, keys: Path | None = None) -> str:
             args=_settings(app).model_copy(
                 update={
                     "model": kube.on_storage(_settings(app).model, key=f"{app.deployment}.model"),
-                    "cpus": 1 if _settings(app).cpus == "auto" else _settings(app).cpus,
+                    "cpus": 1.0 if _settings(app).cpus == "auto" else _settings(app).cpus,
                     "gpus": float(kube.gpu) / sharing
                     if _settings(app).gpus == "auto"
                     else _settings(app).gpus,
