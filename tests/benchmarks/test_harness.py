@@ -183,7 +183,7 @@ def test_a_dying_side_tells_its_exit_code() -> None:
 
 
 def _soak(name: str, *keys: str) -> Any:
-    """A benchmark that starts Ray."""
+    """A benchmark that starts many processes."""
     return pytest.param(name, {*keys}, marks=pytest.mark.soak)
 
 
@@ -191,7 +191,7 @@ def _soak(name: str, *keys: str) -> Any:
 @pytest.mark.parametrize(
     ("name", "keys"),
     [
-        ("gram_step", {"speedup", "memory", "mfu"}),
+        _soak("gram_step", "speedup", "memory", "mfu"),
         ("checkpoint_cost", {"share_of_step_time", "beside_over_between"}),
         _soak("gram_vs_trl", "tokens_per_s", "step_overhead"),
         _soak("gram_rank", "prefix_sharing", "served", "padding"),

@@ -114,6 +114,7 @@ def _lose_node(case: str, run_dir: Path) -> str:
     return done.stdout + done.stderr
 
 
+@pytest.mark.soak
 def test_a_lost_node_is_replaced(tmp_path: Path) -> None:
     """It goes without notice, another one is there: bit-identical to an undisturbed run."""
     _lose_node("fixed", tmp_path / "hit")

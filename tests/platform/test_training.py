@@ -226,6 +226,7 @@ def test_variants(tmp_path: Path) -> None:
     _assert_same_run(tmp_path / "gc", tmp_path / "plain", atol=1e-6)
 
 
+@pytest.mark.soak  # DeepSpeed compiles its Adam, minutes the first time
 def test_offload_changes_nothing(tmp_path: Path) -> None:
     """Optimiser and parameters in host memory, under ZeRO 2 and 3; DeepSpeed's own CPU Adam takes the steps."""
     common = ["optim.eps=0.001", "train.keep_model=last", "train.max_steps=6"]

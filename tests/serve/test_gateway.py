@@ -206,7 +206,7 @@ def test_models_come_change_and_go_while_clients_keep_asking(
                 while not stop.is_set():
                     answer = own.post("/compare", json=PAIR)
                     seen.append((answer.status_code, answer.json().get("p_a", -1)))
-                    stop.wait(0.1)  # else the clients take the cores on which new replicas start
+                    stop.wait(0.5)  # else the clients take the cores on which new replicas start
 
         with ThreadPoolExecutor(3) as pool:
             hammers = [pool.submit(hammer) for _ in range(2)]

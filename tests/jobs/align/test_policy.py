@@ -189,7 +189,7 @@ def test_pictures_need_what_sees_them(change: dict[str, Any], message: str, file
         validate_config(policy.Config, {**values, **change}, "test")
 
 
-@pytest.mark.parametrize("pictures", [True, False])
+@pytest.mark.parametrize("pictures", [True, pytest.param(False, marks=pytest.mark.soak)])
 @pytest.mark.usefixtures("in_process")
 def test_a_visual_reward_model_trains_a_policy(pictures: bool, tmp_path: Path) -> None:
     """With pictures all of the policy moves, its vision tower too; a policy of texts takes the same reward."""

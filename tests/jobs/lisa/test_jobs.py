@@ -317,6 +317,7 @@ def test_the_sweep_leaves_out_ranks_past_break_even(teacher: Path, tmp_path: Pat
 
 
 @pytest.mark.ray
+@pytest.mark.soak
 def test_trials_share_one_recording(teacher: Path, tmp_path: Path, ray_cluster: None) -> None:
     """The teacher runs once for all ranks, nobody records again, and the points have a Pareto front."""
     overrides = [f"model.path={teacher}", f"data.paths=[{teacher / 'text.txt'}]", "data.block_length=32"]

@@ -160,10 +160,8 @@ def test_phases_run_forward() -> None:
         load_config(progressive.Config, CONFIGS / "progressive_tiny.yaml", [f"phases={broken}"])
 
 
-@pytest.mark.ray
-@pytest.mark.usefixtures("ray_cluster")
-def test_phases_then_evaluation_then_a_picture_over_http(tmp_path: Path) -> None:
-    """Texts, selected for the pictures; then pictures; one report; a chain that is asked again trains nothing; and the model answers over HTTP."""
+def _chain(tmp_path: Path) -> progressive.Config:
+    """Texts, then pictures, and an evaluation on the other half of the facts."""
     rows = write_visual(tmp_path / "data", 24, 7, split="test")
     values: dict[str, Any] = {
         "sets": {"facts": {"sources": [{"path": str(rows), "images": str(tmp_path / "data" / "images")}]}},
@@ -174,13 +172,30 @@ def test_phases_then_evaluation_then_a_picture_over_http(tmp_path: Path) -> None
     base = load_config(progressive.Config, CONFIGS / "progressive_tiny.yaml").model_dump()
     base["phases"] = [base["phases"][0], base["phases"][2]]
     base["train"] |= {"max_steps": 3, "eval_every": 3}
+    return validate_config(progressive.Config, base | values, "test")
+
+
+@pytest.mark.ray
+@pytest.mark.soak
+@pytest.mark.usefixtures("ray_cluster")
+def test_a_phase_trains_on_what_is_selected_for_the_next(tmp_path: Path) -> None:
+    """Inside the chain: warm-up, features, selection."""
+    base = _chain(tmp_path).model_dump()
     base["phases"][0]["select"] = {"count": 60}
     warm_up = {"samples": 16, "train": {"max_steps": 1, "eval_every": 1}}
     base["selection"] |= {"warm_up": warm_up, "features": {"rank": 2, "width": 64}}
-    cfg = validate_config(progressive.Config, base | values, "test")
+    report = progressive.main(validate_config(progressive.Config, base, "test"))
+    assert report["selection"]["1-phase-1"]["selected"] == 60
+    assert [phase["phase"] for phase in report["phases"]] == [1, 3]
+
+
+@pytest.mark.ray
+@pytest.mark.usefixtures("ray_cluster")
+def test_phases_then_evaluation_then_a_picture_over_http(tmp_path: Path) -> None:
+    """Texts, then pictures; one report; a chain that is asked again trains nothing; and the model answers over HTTP."""
+    cfg = _chain(tmp_path)
     report = progressive.main(cfg)
     first, second = report["phases"]
-    assert report["selection"]["1-phase-1"]["selected"] == 60
     assert second["input_sha256"] == first["output_sha256"] == weights_sha256(f"{first['run']}/model")
     assert first["trained_count"] < second["trained_count"]
     manifest = RunFolder(second["run"]).read_manifest()
