@@ -9,7 +9,8 @@ READY  := .venv/.ok
 help:
 	@echo 'make demo [DATA=pairs.jsonl]   train, evaluate and serve a reward model, start to end'
 	@echo 'make test                      all tests'
-	@echo 'make soak [KILLS=20]           the tests that take minutes, then one run killed again and again'
+	@echo 'make soak [KILLS=20]           the tests that take minutes, then one run killed again and again, then the'
+	@echo '          [MINUTES=10]         gateway under load'
 	@echo 'make check                     format, lint, types and the tests that do not start Ray'
 	@echo 'make format                    format and sort imports'
 	@echo 'make clean                     remove caches and the virtual environment, never runs'
@@ -44,6 +45,7 @@ test: $(READY)
 soak: $(READY)
 	$(PYTHON) -m pytest -m soak
 	PYTHONPATH=.:tests $(PYTHON) -m soak $(if $(KILLS),--kills $(KILLS)) $(if $(SEED),--seed $(SEED))
+	PYTHONPATH=.:tests $(PYTHON) -m serve_soak $(if $(MINUTES),--minutes $(MINUTES)) $(if $(SEED),--seed $(SEED))
 
 check: $(READY)
 	$(PYTHON) -m ruff format --check .
