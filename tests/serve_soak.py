@@ -247,7 +247,7 @@ def write_judge(folder: Path, seed: int) -> Path:
 def deployed(folder: Path, model: Path) -> Iterator[tuple[str, Any]]:
     """The gateway and a judge with two replicas; yields the address and a function that replaces the model."""
     environment = {"RAY_AUTH_MODE": "disabled"}
-    with local_cluster(cpus_per_node=2, environment=environment) as cluster:
+    with local_cluster(cpus_per_node=4, environment=environment) as cluster:
         port = _free_port()
 
         def deploy(model: Path) -> None:
@@ -272,13 +272,20 @@ def deployed(folder: Path, model: Path) -> Iterator[tuple[str, Any]]:
 
         deploy(model)
         url = f"http://127.0.0.1:{port}"
-        deadline = time.monotonic() + 300
-        while time.monotonic() < deadline:
-            with contextlib.suppress(httpx.TransportError):
-                if httpx.get(f"{url}/healthz", timeout=5).status_code == 200:
-                    break
-            time.sleep(1)
+        _wait_until_ready(url)
         yield url, deploy
+
+
+def _wait_until_ready(url: str, timeout_s: float = 300) -> None:
+    deadline, said = time.monotonic() + timeout_s, "nothing"
+    while time.monotonic() < deadline:
+        with contextlib.suppress(httpx.TransportError):
+            answer = httpx.get(f"{url}/healthz", timeout=5)
+            if answer.status_code == 200:
+                return
+            said = answer.text
+        time.sleep(1)
+    sys.exit(f"The gateway at {url} is not ready after {timeout_s:g} s; it says {said}.")
 
 
 def _free_port() -> int:
