@@ -180,9 +180,9 @@ class DecodingLoop:
         self._running |= {progress.continuation: progress for progress in new}
         self._decoder.add([progress.continuation for progress in new])
         for one, progress in list(self._running.items()):
-            progress.notify()
-            if one.finished is not None:
+            if one.finished is not None:  # first: who is told may ask again at once
                 del self._running[one]
+            progress.notify()
 
     def _fail(self, whom: list[Progress], error: Exception) -> None:
         for progress in whom:

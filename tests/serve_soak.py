@@ -255,7 +255,7 @@ def deployed(folder: Path, model: Path) -> Iterator[tuple[str, Any]]:
                 serve_yaml(gateway(), parse_models([f"gram={model}"]), host="127.0.0.1", port=port)
             )
             [judge] = [a for a in values["applications"] if a["name"] == "gram"]
-            judge["args"] |= {"cpus": 1, "max_pending": 64}
+            judge["args"] |= {"cpus": 1, "max_pending": 64, "max_responses": 8}
             [deployment] = judge["deployments"]
             deployment.pop("autoscaling_config", None)
             deployment["num_replicas"] = 2
