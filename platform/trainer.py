@@ -24,8 +24,8 @@ from ray.train.v2._internal.execution.worker_group import Worker, WorkerGroup
 _UNUSED = (
     # Hands out Ray Data sets; tasks read prepared examples.
     DatasetsCallback,
-    # Gives the workers' cores back when the controller died but the driver goes on. A single run's driver ends then,
-    # which gives them back; a sweep's does so itself (`platform/leftovers.py`).
+    # Gives the workers' cores back when the controller died but the driver goes on. A single run's controller is the
+    # driver; a sweep gives back what its trials held (`platform/leftovers.py`).
     PlacementGroupCleanerCallback,
 )
 

@@ -42,7 +42,7 @@ from eagleray.models.backbone.model import build_llama, llama_config
 from eagleray.models.gram.judge import Judge
 from eagleray.models.gram.prompts import JudgeEncoder, JudgeTemplate
 from eagleray.platform.local_cluster import local_cluster
-from eagleray.platform.serving import serve_yaml
+from eagleray.platform.serving import _free_port, serve_yaml
 
 WORDS = ("river", "forest", "answer", "short", "useful", "numbers", "comma", "request", "better", "Peru")
 KILL_EVERY_S = 20
@@ -248,7 +248,7 @@ def deployed(folder: Path, model: Path) -> Iterator[tuple[str, Any]]:
     """The gateway and a judge with two replicas; yields the address and a function that replaces the model."""
     environment = {"RAY_AUTH_MODE": "disabled"}
     with local_cluster(cpus_per_node=4, environment=environment) as cluster:
-        port = _free_port()
+        port = _free_port("127.0.0.1", 0)
 
         def deploy(model: Path) -> None:
             values = yaml.safe_load(
@@ -286,14 +286,6 @@ def _wait_until_ready(url: str, timeout_s: float = 300) -> None:
             said = answer.text
         time.sleep(1)
     sys.exit(f"The gateway at {url} is not ready after {timeout_s:g} s; it says {said}.")
-
-
-def _free_port() -> int:
-    import socket
-
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return found.getsockname()[1]
 
 
 async def run(soak: Soak, deploy: Any, replacement: Path, minutes: float) -> list[Part]:

@@ -21,17 +21,9 @@ from pathlib import Path
 import psutil
 from rich.console import Console
 from rich.table import Table
-from toy_task import (
-    ToyTask,
-    assert_identical,
-    run_workers,
-    toy_command,
-    toy_config,
-    write_toy_data,
-)
+from toy_task import assert_identical, toy_command, train_undisturbed
 
 from eagleray.platform.tracking import read_metrics
-from eagleray.platform.training import run_training
 
 KINDS = ("one worker", "all workers", "driver")
 GAP = 12  # steps between two kills: at least this many, at most twice as many
@@ -77,7 +69,7 @@ class Soak:
 
     def check(self) -> None:
         """Compare with an undisturbed run; raises if anything differs."""
-        run_workers(_undisturbed, 2, str(self.folder / "whole"), self.settings)
+        train_undisturbed(self.folder / "whole", *self.settings, workers=2)
         assert_identical(self.folder / "run", self.folder / "whole")
 
     def _start(self) -> subprocess.Popen[bytes]:
@@ -119,16 +111,6 @@ def _workers(driver: subprocess.Popen[bytes]) -> list[int]:
             if "RayTrainWorker" in " ".join(process.cmdline()):
                 found.append(process.pid)
     return found
-
-
-def _undisturbed(rank: int, folder: str, settings: list[str]) -> None:
-    import torch.distributed as dist
-
-    if rank == 0:
-        write_toy_data(Path(folder) / "data")
-    dist.barrier()
-    cfg = toy_config(*settings)
-    run_training(ToyTask(cfg, Path(folder) / "data"), cfg, Path(folder))
 
 
 def main() -> None:

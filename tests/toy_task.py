@@ -33,6 +33,7 @@ from eagleray.platform.pretrained import add_lora, load_pretrained
 from eagleray.platform.sections import ModelSection, TrainingConfig
 from eagleray.platform.stopping import request_stop
 from eagleray.platform.task import Batch
+from eagleray.platform.training import run_training
 
 VOCABULARY = 64
 
@@ -156,6 +157,19 @@ def _worker(
     # down aborts the process ("terminate called without an active exception"), so leave without shutting down.
     sys.stdout.flush()
     os._exit(0)
+
+
+def train_undisturbed(run_dir: Path, *overrides: str, workers: int = 1) -> None:
+    """The toy task without Ray, what a run that was disturbed is compared with."""
+    run_workers(_undisturbed, workers, run_dir, overrides)
+
+
+def _undisturbed(rank: int, run_dir: Path, overrides: Sequence[str]) -> None:
+    if rank == 0:
+        write_toy_data(run_dir / "data")
+    dist.barrier()
+    cfg = toy_config(*overrides)
+    assert run_training(ToyTask(cfg, run_dir / "data"), cfg, run_dir)
 
 
 def train_toy(run_dir: Path, *overrides: str) -> TrainedRun:

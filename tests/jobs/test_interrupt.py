@@ -12,29 +12,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from toy_task import (
-    ToyTask,
-    assert_identical,
-    run_workers,
-    toy_command,
-    toy_config,
-    train_toy,
-    write_toy_data,
-)
+from toy_task import assert_identical, toy_command, train_toy, train_undisturbed
 
 from eagleray.platform.runs import RunInterrupted
-from eagleray.platform.training import run_training
 
 pytestmark = pytest.mark.ray
 
 RUN = ["train.max_steps=120", "train.eval_every=40", "dropout=0.2"]
 PAUSE = "pause_s=0.02"
-
-
-def _undisturbed(rank: int, folder: str) -> None:
-    write_toy_data(Path(folder) / "data")
-    cfg = toy_config(*RUN)
-    assert run_training(ToyTask(cfg, Path(folder) / "data"), cfg, Path(folder))
 
 
 def _steps(run_dir: Path) -> list[int]:
@@ -73,7 +58,7 @@ def test_a_driver_is_killed_and_interrupted(tmp_path: Path, ray_cluster: None) -
     train_toy(run_dir, *RUN, PAUSE)
     manifest = json.loads((run_dir / "manifest.json").read_text())
     assert [attempt["status"] for attempt in manifest["attempts"]] == ["killed", "interrupted", "finished"]
-    run_workers(_undisturbed, 1, str(tmp_path / "whole"))
+    train_undisturbed(tmp_path / "whole", *RUN)
     assert_identical(run_dir, tmp_path / "whole")
 
 

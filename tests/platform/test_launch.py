@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import subprocess
 import sys
 import threading
@@ -14,15 +13,13 @@ from pathlib import Path
 import node_loss
 import psutil
 import pytest
-import torch.distributed as dist
-from toy_task import ToyTask, assert_identical, read_run, run_workers, toy_config, train_toy, write_toy_data
+from toy_task import assert_identical, read_run, train_toy, train_undisturbed
 
 from eagleray.jobs.backbone import pretrain
 from eagleray.models.gram.synthetic import make_corpus
 from eagleray.platform.cluster import PlacementError
 from eagleray.platform.config import ConfigError, load_config
 from eagleray.platform.launch import TrainingError
-from eagleray.platform.training import run_training
 
 pytestmark = pytest.mark.ray
 
@@ -56,14 +53,6 @@ def _kill_workers(checkpoints: Path, killed: list[list[int]]) -> None:
         killed.append([worker.pid for worker in workers[:how_many]])
 
 
-def _undisturbed(rank: int, folder: str, overrides: list[str]) -> None:
-    if rank == 0:
-        write_toy_data(Path(folder) / "data")
-    dist.barrier()
-    cfg = toy_config(*overrides)
-    run_training(ToyTask(cfg, Path(folder) / "data"), cfg, Path(folder))
-
-
 @pytest.mark.usefixtures("ray_cluster")
 def test_killed_workers_change_nothing(tmp_path: Path) -> None:
     """One worker, later all of them, die by SIGKILL; the run ends bit-identical to an undisturbed one."""
@@ -75,7 +64,7 @@ def test_killed_workers_change_nothing(tmp_path: Path) -> None:
     killer.join()
     assert [len(pids) for pids in killed] == [1, 2]
     assert json.loads((tmp_path / "hit" / "manifest.json").read_text())["status"] == "finished"
-    run_workers(_undisturbed, 2, str(tmp_path / "whole"), run)
+    train_undisturbed(tmp_path / "whole", *run, workers=2)
     assert_identical(tmp_path / "hit", tmp_path / "whole")
 
 
@@ -106,10 +95,8 @@ def test_what_cannot_be_placed_is_refused(tmp_path: Path) -> None:
 
 def _lose_node(case: str, run_dir: Path) -> str:
     """A run of `node_loss.py`; returns its messages."""
-    tests = Path(node_loss.__file__).parent
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tests.parent), str(tests)])}
     command = [sys.executable, "-m", "node_loss", case, str(run_dir)]
-    done = subprocess.run(command, check=False, env=environment, capture_output=True, text=True, timeout=600)
+    done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     return done.stdout + done.stderr
 
@@ -118,7 +105,7 @@ def _lose_node(case: str, run_dir: Path) -> str:
 def test_a_lost_node_is_replaced(tmp_path: Path) -> None:
     """It goes without notice, another one is there: bit-identical to an undisturbed run."""
     _lose_node("fixed", tmp_path / "hit")
-    run_workers(_undisturbed, 2, str(tmp_path / "whole"), node_loss.STEPS)
+    train_undisturbed(tmp_path / "whole", *node_loss.STEPS, workers=2)
     assert_identical(tmp_path / "hit", tmp_path / "whole")
 
 
@@ -127,7 +114,7 @@ def test_an_announced_loss_leaves_one_worker(tmp_path: Path) -> None:
     """A node goes with notice and none takes its place: a checkpoint at once, and one worker goes on from it."""
     messages = _lose_node("elastic", tmp_path / "hit")
     assert "is about to be taken away: a checkpoint is saved at step" in messages
-    run_workers(_undisturbed, 2, str(tmp_path / "whole"), node_loss.STEPS)
+    train_undisturbed(tmp_path / "whole", *node_loss.STEPS, workers=2)
     trained, expected = (
         [record for record in read_run(tmp_path / name)[0] if record["kind"] == "train"]
         for name in ("hit", "whole")

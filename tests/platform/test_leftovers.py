@@ -50,6 +50,7 @@ def eventually(condition: Callable[[], bool]) -> bool:
 
 
 def test_release() -> None:
+    cores = ray.available_resources()["CPU"]
     earlier, earlier_group = make_group()
     leftovers = Leftovers()
     own = placement_group([SHARE])
@@ -68,3 +69,4 @@ def test_release() -> None:
     assert state(alive_group) == "REMOVED"
     for group in (own, PlacementGroup(ray.PlacementGroupID.from_hex(earlier_group))):
         remove_placement_group(group)
+    assert eventually(lambda: ray.available_resources()["CPU"] == cores)

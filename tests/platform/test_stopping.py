@@ -21,7 +21,9 @@ def _send(*numbers: signal.Signals) -> None:
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_the_first_signal_asks_and_the_function_returns(tmp_path: Path, number: signal.Signals) -> None:
+def test_the_first_signal_asks_and_the_function_returns(
+    tmp_path: Path, number: signal.Signals, caplog: pytest.LogCaptureFixture
+) -> None:
     folder, before = open_folder(str(tmp_path)), signal.getsignal(number)
     stop = SignalStop(folder)
 
@@ -34,6 +36,7 @@ def test_the_first_signal_asks_and_the_function_returns(tmp_path: Path, number: 
 
     assert stop.call(work) == "saved"
     assert stop.received == number and stop_requested(folder)
+    assert f"{number.name}: the run saves a checkpoint at its next step and stops" in caplog.text
     withdraw_stop(folder)
     assert not stop_requested(folder) and signal.getsignal(number) == before
 

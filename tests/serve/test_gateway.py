@@ -190,7 +190,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 def test_models_come_change_and_go_while_clients_keep_asking(
     ray_cluster: None, folders: dict[str, Path], tmp_path: Path
 ) -> None:
-    """Clients that ask all the time see no failure while its model is replaced and another one comes and goes."""
+    """Clients that ask twice a second see no failure while their model is replaced and another one comes and goes."""
     expected = [
         Judge.from_pretrained(folders[name], device="cpu").compare([tuple(PAIR.values())])[0].p_a  # type: ignore[list-item]
         for name in ("first", "second")
