@@ -41,8 +41,12 @@ def connected(section: RaySection, *, dashboard: bool = False) -> Iterator[None]
         return
     address = section.address or ("auto" if in_submitted_job() else "local")
     try:
-        options = {"include_dashboard": dashboard} if address == "local" else {}
-        ray.init(address=address, log_to_driver=True, logging_level=logging.WARNING, **options)
+        ray.init(
+            address=address,
+            include_dashboard=dashboard if address == "local" else None,
+            log_to_driver=True,
+            logging_level=logging.WARNING,
+        )
     except (ConnectionError, ValueError, RuntimeError) as error:
         raise PlacementError(
             f"`ray.address` is {address!r}; no cluster can be reached there: {error}"

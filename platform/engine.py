@@ -71,7 +71,7 @@ def build_engine(model: nn.Module, cfg: TrainingConfig, *, total_steps: int) -> 
     # The table of ops that could be compiled here, asked for one of them only: for tensor-parallel inference on CPUs,
     # which would be compiled at every start. A worker killed just then leaves torch's lock on the build behind, and
     # every later start on the machine waits for it forever. Filling the table runs a C compiler, so it stays empty.
-    deepspeed.ops.__compatible_ops__ = {}
+    deepspeed.ops.__compatible_ops__ = {}  # pyright: ignore[reportAttributeAccessIssue]
     optimizer = _build_optimizer(model, cfg.optim, offload=cfg.deepspeed.offload_optimizer)
     engine, *_ = deepspeed.initialize(
         model=Stepper(model),

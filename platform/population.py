@@ -294,7 +294,7 @@ def _run_segment(
                 point = ", ".join(f"{key} = {shown(member.point[key])}" for key in plan.space.varied)
                 logger.info("Trial %s trains to step %d: %s.", name, end, point)
                 run_dir, note = _folder(trials_dir, name, number), f"trial {name}, segment {number}"
-                trainer = idle.pop() if idle else start(plan, Path.cwd())
+                trainer: Any = idle.pop() if idle else start(plan, Path.cwd())
                 running[trainer.train.remote(run_dir, member, end, note)] = name, trainer
             done, _ = ray.wait(list(running), timeout=1.0)
             leftovers.release()
