@@ -23,7 +23,7 @@ from eagleray.models.backbone.decoding import Continuation
 from eagleray.models.lisa.convert import Start, convert
 from eagleray.models.lisa.spec import LisaSpec
 from eagleray.serve.batching import BatcherClosed, QueueFull
-from eagleray.serve.decoding import DecodingLoop
+from eagleray.serve.decoding import DecodingLoop, Progress
 from eagleray.serve.lisa import Args, LisaService, LoadedModel, lisa_app
 
 
@@ -231,6 +231,29 @@ def test_rows_and_cache_are_bounded_and_who_leaves_makes_room() -> None:
             await decode(1, 1)
 
     asyncio.run(asyncio.wait_for(main(), 20))
+
+
+def test_a_row_no_longer_counts_when_its_client_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever has an answer may ask again at once and is not refused because of it."""
+    notify, pending = Progress.notify, []
+
+    async def main() -> None:
+        async with DecodingLoop(
+            lambda: SlowDecoder(threading.Semaphore(1000), []), max_rows=3, max_batch_tokens=40, max_pending=1
+        ) as loop:
+
+            def noted(progress: Progress) -> None:
+                if progress.continuation.finished is not None:
+                    pending.append(loop.pending)
+                notify(progress)
+
+            monkeypatch.setattr(Progress, "notify", noted)
+            async with loop.decoding([Continuation([1, 1], max_tokens=3)]) as [progress]:
+                async for _ in progress.changes():
+                    pass
+
+    asyncio.run(asyncio.wait_for(main(), 20))
+    assert pending == [0]
 
 
 def test_a_failure_reaches_those_it_concerns_and_the_loop_goes_on() -> None:

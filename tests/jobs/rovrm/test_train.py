@@ -175,18 +175,29 @@ def _chain(tmp_path: Path) -> progressive.Config:
     return validate_config(progressive.Config, base | values, "test")
 
 
+def _cut_short(chain: Path) -> None:
+    path = chain / "manifest.json"
+    path.write_text(path.read_text().replace('"status": "finished"', '"status": "interrupted"', 1))
+
+
 @pytest.mark.ray
 @pytest.mark.soak
 @pytest.mark.usefixtures("ray_cluster")
 def test_a_phase_trains_on_what_is_selected_for_the_next(tmp_path: Path) -> None:
-    """Inside the chain: warm-up, features, selection."""
+    """Inside the chain: warm-up, features, selection; a chain that is asked again computes none of them twice."""
     base = _chain(tmp_path).model_dump()
     base["phases"][0]["select"] = {"count": 60}
     warm_up = {"samples": 16, "train": {"max_steps": 1, "eval_every": 1}}
     base["selection"] |= {"warm_up": warm_up, "features": {"rank": 2, "width": 64}}
-    report = progressive.main(validate_config(progressive.Config, base, "test"))
+    cfg = validate_config(progressive.Config, base, "test")
+    report = progressive.main(cfg)
     assert report["selection"]["1-phase-1"]["selected"] == 60
     assert [phase["phase"] for phase in report["phases"]] == [1, 3]
+    manifests = {path: path.stat().st_mtime_ns for path in (tmp_path / "chain").glob("*/**/manifest.json")}
+    _cut_short(tmp_path / "chain")
+    again = progressive.main(cfg)
+    assert (again["selection"], again["phases"]) == (report["selection"], report["phases"])
+    assert len(manifests) > 3 and all(path.stat().st_mtime_ns == time for path, time in manifests.items())
 
 
 @pytest.mark.ray
@@ -211,12 +222,7 @@ def test_phases_then_evaluation_then_a_picture_over_http(tmp_path: Path) -> None
 
     # Cut short after its phases: what is finished stays as it is.
     before = (tmp_path / "chain" / "2-phase-3" / "manifest.json").stat().st_mtime_ns
-    (tmp_path / "chain" / "evaluation" / "report.json").rename(tmp_path / "old.json")
-    manifest_path = tmp_path / "chain" / "manifest.json"
-    manifest_path.write_text(
-        manifest_path.read_text().replace('"status": "finished"', '"status": "interrupted"', 1)
-    )
-    (tmp_path / "old.json").rename(tmp_path / "chain" / "evaluation" / "report.json")
+    _cut_short(tmp_path / "chain")
     assert progressive.main(cfg)["phases"] == report["phases"]
     assert (tmp_path / "chain" / "2-phase-3" / "manifest.json").stat().st_mtime_ns == before
 
