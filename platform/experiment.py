@@ -188,8 +188,8 @@ class _FileHashes:
     def of(self, values: Any) -> dict[str, str]:
         """Hash by name of everything in nested values that names files: a file, a folder, a pattern with files.
 
-        What lies in the experiment's folder is the work of stages, whose keys say what it is; a folder around it
-        can't be hashed, since the experiment writes there.
+        What lies in the experiment's folder is the work of stages, whose keys say what it is. A folder around it or
+        around the working directory (the `.` of a path under some `root`) is no input: runs write there.
         """
         found: dict[str, str] = {}
         for text in _texts(values):
@@ -212,8 +212,8 @@ class _FileHashes:
         if not matches and glob.has_magic(text):
             matches = [Path(match) for match in glob.glob(str(path), recursive=True)]
         for match in matches:
-            whole = match.resolve()
-            if whole.is_relative_to(self._root.resolve()) or self._root.resolve().is_relative_to(whole):
+            whole, root = match.resolve(), self._root.resolve()
+            if whole.is_relative_to(root) or root.is_relative_to(whole) or Path.cwd().is_relative_to(whole):
                 continue
             if whole.is_dir():
                 yield from ((str(f.relative_to(whole)), f) for f in whole.rglob("*") if f.is_file())

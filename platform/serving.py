@@ -23,6 +23,7 @@ import yaml
 from pydantic import Field, field_validator
 from ray import serve
 from ray.serve.schema import LoggingConfig
+from safetensors import SafetensorError, safe_open
 
 from eagleray.platform.cluster import PlacementError, connected
 from eagleray.platform.config import Config
@@ -240,7 +241,7 @@ def model_folder(path: str) -> Path:
     """The absolute folder, if it can hold a model that is safe to load.
 
     Raises:
-        ServingError: It is no folder with safetensors files.
+        ServingError: It is no folder with safetensors files, or one of them is not whole.
     """
     folder = Path(path).expanduser().resolve()
     if not folder.is_dir():
@@ -248,11 +249,20 @@ def model_folder(path: str) -> Path:
             f"`model` is {path!r}; there is no such folder on this machine. Give the `model` folder of a run, or "
             "download a model from the hub first."
         )
-    if not any(folder.glob("*.safetensors")):
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
         raise ServingError(
             f"`model` is {path!r}; the folder holds no *.safetensors file. Give the `model` folder of a run; weights "
             "in other formats can run code when they are loaded, and are not served."
         )
+    for file in files:
+        try:
+            with safe_open(file, framework="numpy"):  # reads the header and compares it with the size
+                pass
+        except SafetensorError as error:
+            raise ServingError(
+                f"`model` is {path!r}; {file.name} in it is damaged ({error}). Copy or export the model again."
+            ) from None
     return folder
 
 

@@ -40,6 +40,11 @@ class Fleet(Protocol):
     @property
     def models(self) -> Mapping[str, Model]: ...
 
+    @property
+    def awaited(self) -> Sequence[str]:
+        """Names of models that are to run and have not told yet what they answer."""
+        ...
+
     def running(self) -> contextlib.AbstractAsyncContextManager[Any]: ...
 
 
@@ -48,6 +53,7 @@ class LocalFleet:
 
     def __init__(self, served: Sequence[Served]) -> None:
         self.models: Mapping[str, Model] = {one.name: one for one in served}
+        self.awaited: Sequence[str] = ()
         self._served = served
 
     @asynccontextmanager
@@ -65,6 +71,7 @@ class ServeFleet:
     def __init__(self, *, gateway: str) -> None:
         """Nothing is asked yet; `gateway` is the application that is no model."""
         self.models: Mapping[str, Model] = {}
+        self.awaited: Sequence[str] = ()
         self._gateway = gateway
         self._known: dict[str, tuple[float, _ServeModel]] = {}
 
@@ -108,6 +115,7 @@ class ServeFleet:
             if found.setdefault(model.description.name, model) is not model:
                 logger.error("application %s is not served: its model has the name of another one", name)
         self.models = found
+        self.awaited = [name for name in present if name not in self._known]
 
 
 class _ServeModel:

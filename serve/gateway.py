@@ -120,7 +120,7 @@ class _Forward:
         try:
             async with limit:
                 body = await _read(limited_receive(scope, receive, largest))
-                model = _chosen(candidates, scope, body)
+                model = _chosen(candidates, self._fleet.awaited, scope, body)
                 scope["state"] |= {"model": model.description.name, "path": scope["path"]}
                 limit.reschedule(asyncio.get_running_loop().time() + model.description.timeout_s + _GRACE_S)
                 headers = [(name, value) for name, value in scope["headers"] if name in _FORWARDED]
@@ -139,10 +139,12 @@ class _Forward:
         """The models that serve a path.
 
         Raises:
-            RequestError: 404 or 405.
+            RequestError: 404 or 405; 503 while a model that may serve it is not running.
         """
         offered = [model for model in self._fleet.models.values() if path in model.description.paths]
         candidates = [model for model in offered if method in model.description.paths[path]]
+        if not offered and self._fleet.awaited:
+            raise _not_running(self._fleet.awaited)
         if not candidates:
             status, code = (405, "method_not_allowed") if offered else (404, "not_found")
             message = f"{method} {path}: no model here answers that. The endpoints are listed at /docs."
@@ -177,13 +179,13 @@ async def _read(receive: Receive) -> bytes:
     raise RequestError(400, "bad_request", "The connection was closed before the body had arrived.")
 
 
-def _chosen(candidates: Sequence[Model], scope: Scope, body: bytes) -> Model:
+def _chosen(candidates: Sequence[Model], awaited: Sequence[str], scope: Scope, body: bytes) -> Model:
     """The one that the request is for.
 
     Raises:
-        RequestError: It names none of them, or none although there are several.
+        RequestError: It names none of them, or one that is not running, or none although there are several.
     """
-    name = model_name(scope, body, look_inside=len(candidates) > 1)
+    name = model_name(scope, body, look_inside=len(candidates) > 1 or bool(awaited))
     names = ", ".join(model.description.name for model in candidates)
     if name is None:
         if len(candidates) == 1:
@@ -192,7 +194,12 @@ def _chosen(candidates: Sequence[Model], scope: Scope, body: bytes) -> Model:
     for model in candidates:
         if model.description.name == name:
             return model
-    raise unknown_model(names)
+    raise _not_running([name]) if name in awaited else unknown_model(names)
+
+
+def _not_running(names: Sequence[str]) -> RequestError:
+    message = f"Not running at the moment: {', '.join(names)}. Retry after 1 s."
+    return RequestError(503, "unavailable", message, headers={"Retry-After": "1"})
 
 
 def model_name(scope: Scope, body: bytes, *, look_inside: bool) -> str | None:

@@ -155,7 +155,7 @@ class Start(Protocol[Settings_contra]):
     def __call__(self, settings: Settings_contra, /, *, device: str) -> Served: ...
 
 
-@serve.deployment(backpressure_config={"status_code": 429, "retry_after_s": 1}, max_constructor_retry_count=2)
+@serve.deployment(backpressure_config={"status_code": 429, "retry_after_s": 1})
 class Replica:
     """A model in a process of its own."""
 

@@ -34,9 +34,8 @@ class Kill:
     """One kill and what came of it."""
 
     kind: str
-    step: int
-    resumed_at: int | None = None
-    seconds: float | None = None
+    step: int  # the last one that was logged
+    resumed_at: int  # the lowest seen since: what came after the checkpoint is done again
 
 
 class Soak:
@@ -59,10 +58,10 @@ class Soak:
         """Disturb the run until it has had its kills, and let it end."""
         while True:
             driver = self._start()
-            while driver.poll() is None:
-                if len(self.kills) == self.wanted or self._disturb(driver) == "driver":
-                    driver.wait()
-            if driver.returncode == 0:
+            while len(self.kills) < self.wanted and self._alive_at(driver, self._next()):
+                self._kill(driver, self.random.choice(KINDS))
+            self._alive_at(driver, None)
+            if driver.wait() == 0:
                 return
             if driver.returncode > 0:
                 sys.exit(f"The driver ended with exit code {driver.returncode}; see {self.folder / 'log'}.")
@@ -77,39 +76,43 @@ class Soak:
         with (self.folder / "log").open("ab") as log:
             return subprocess.Popen(command, env=environment, stdout=log, stderr=log)
 
-    def _disturb(self, driver: subprocess.Popen[bytes]) -> str:
-        kind = self.random.choice(KINDS)
-        before = self._step()
-        target, waited = before + self.random.randint(GAP, 2 * GAP), time.monotonic()
-        lowest = before
-        while self._step() < target:
-            if driver.poll() is not None:
-                return "ended"
-            lowest = min(lowest, self._step())
-            time.sleep(0.01)
-        victims = (
-            [driver.pid] if kind == "driver" else _workers(driver)[: 1 if kind == "one worker" else None]
-        )
-        if victims:
-            for pid in victims:
-                with contextlib.suppress(psutil.Error):
-                    psutil.Process(pid).kill()
+    def _next(self) -> int:
+        return self._step() + self.random.randint(GAP, 2 * GAP)
+
+    def _alive_at(self, driver: subprocess.Popen[bytes], step: int | None) -> bool:
+        """Wait for a step (none: for the end); False if the driver ends before."""
+        while driver.poll() is None:
+            reached = self._step()
             if self.kills:
-                self.kills[-1].resumed_at, self.kills[-1].seconds = lowest, time.monotonic() - waited
-            self.kills.append(Kill(kind, self._step()))
-        return kind
+                self.kills[-1].resumed_at = min(self.kills[-1].resumed_at, reached)
+            if step is not None and reached >= step:
+                return True
+            time.sleep(0.01)
+        return False
+
+    def _kill(self, driver: subprocess.Popen[bytes], kind: str) -> None:
+        workers = _workers(driver)
+        victims = {"one worker": workers[:1], "all workers": workers, "driver": [psutil.Process(driver.pid)]}
+        if not victims[kind]:
+            return
+        for process in victims[kind]:
+            with contextlib.suppress(psutil.Error):
+                process.kill()
+        if kind == "driver":  # its workers take a few more steps, until they notice
+            psutil.wait_procs(workers, timeout=60)
+        self.kills.append(Kill(kind, self._step(), self._step()))
 
     def _step(self) -> int:
         records = read_metrics(self.folder / "run" / "metrics.jsonl")
         return records[-1]["step"] if records else 0
 
 
-def _workers(driver: subprocess.Popen[bytes]) -> list[int]:
+def _workers(driver: subprocess.Popen[bytes]) -> list[psutil.Process]:
     found = []
     for process in psutil.Process(driver.pid).children(recursive=True):
         with contextlib.suppress(psutil.Error):
             if "RayTrainWorker" in " ".join(process.cmdline()):
-                found.append(process.pid)
+                found.append(process)
     return found
 
 

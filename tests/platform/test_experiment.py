@@ -70,15 +70,16 @@ def test_files_count_by_their_content(named: str, tmp_path: Path, monkeypatch: p
     assert _keys(definitions, tmp_path / "e") != first
 
 
-def test_a_folder_around_the_experiment_is_not_hashed(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_folder_around_the_experiment_or_the_working_folder_is_not_hashed(
+    tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """`path: .` beside a `root` means another place, and the experiment itself writes below the working folder."""
+    """`path: .` beside a `root` means another place, and runs write below the working folder."""
     monkeypatch.chdir(tmp_path)
     definitions = {"a": Definition("x", {"path": "."})}
-    first = _keys(definitions, tmp_path / "e")
+    roots = (tmp_path / "e", tmp_path_factory.mktemp("elsewhere"))
+    first = [_keys(definitions, root) for root in roots]
     (tmp_path / "new").write_text("text")
-    assert _keys(definitions, tmp_path / "e") == first
+    assert [_keys(definitions, root) for root in roots] == first
 
 
 def test_unknown_references_name_the_nearest_stage(tmp_path: Path) -> None:

@@ -71,6 +71,11 @@ def test_only_folders_with_safetensors_are_served(tmp_path: Path, folder: Path) 
     assert model_folder(str(folder)) == folder
     with pytest.raises(ServingError, match="there is no such folder"):
         model_folder(str(tmp_path / "missing"))
+    whole = (folder / "model.safetensors").read_bytes()
+    for part in (whole[:-1], whole[:20], b"cut off"):
+        (folder / "model.safetensors").write_bytes(part)
+        with pytest.raises(ServingError, match=r"model.safetensors in it is damaged \(.+\). Copy"):
+            model_folder(str(folder))
     (folder / "model.safetensors").unlink()
     torch.save({}, folder / "pytorch_model.bin")
     with pytest.raises(ServingError, match=r"no \*.safetensors file.*not served"):

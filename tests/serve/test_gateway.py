@@ -112,6 +112,19 @@ def test_without_models_it_is_not_ready() -> None:
     assert answer.status_code == 503 and "No model is served yet" in answer.text
 
 
+def test_what_a_model_that_is_not_running_may_serve_is_asked_for_again_later() -> None:
+    fleet = LocalFleet([judge("here")])
+    fleet.awaited = ["coming"]
+    with TestClient(gateway_app(fleet)) as client:
+        for path, body in [("/translate", {}), ("/compare", PAIR | {"model": "coming"})]:
+            answer = client.post(path, json=body)
+            assert (answer.status_code, answer.headers["retry-after"]) == (503, "1")
+            assert "coming" in answer.json()["error"]["message"]
+        assert client.post("/compare", json=PAIR).status_code == 200
+        assert client.post("/compare", json=PAIR | {"model": "nobody"}).status_code == 404
+        assert client.get("/compare").status_code == 405
+
+
 def test_with_keys_a_request_needs_one_within_its_rate(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -221,7 +234,7 @@ def test_models_come_change_and_go_while_clients_keep_asking(
                 broken = tmp_path / "broken"
                 shutil.copytree(folders["first"], broken)
                 (broken / "model.safetensors").write_bytes(b"cut off")
-                with pytest.raises(ServingError, match=r"broken could not be served: .*safetensors"):
+                with pytest.raises(ServingError, match=r"broken.*safetensors in it is damaged"):
                     update(
                         "gateway",
                         parse_models([f"gram={folders['first']}", f"gram:other={broken}"]),
@@ -239,6 +252,22 @@ def test_models_come_change_and_go_while_clients_keep_asking(
         values = [p_a for _, p_a in seen]
         assert all(min(abs(p - e) for e in expected) < 1e-6 for p in values)
         assert values[0] == pytest.approx(expected[0], abs=1e-6)
+
+
+@pytest.mark.ray
+@pytest.mark.soak  # Serve starts a replica three times before it gives up
+def test_a_model_that_cannot_be_loaded_leaves_the_others(
+    ray_cluster: None, folders: dict[str, Path], tmp_path: Path
+) -> None:
+    broken = shutil.copytree(folders["first"], tmp_path / "broken")
+    config = json.loads((broken / "config.json").read_text())
+    (broken / "config.json").write_text(json.dumps(config | {"vocab_size": config["vocab_size"] + 1}))
+    begin = parse_models([f"gram={folders['first']}"])
+    with running(gateway(), begin) as url:
+        before = httpx.post(f"{url}/compare", json=PAIR, timeout=60).json()
+        with pytest.raises(ServingError, match=r"broken could not be served: .*size"):
+            update("gateway", [*begin, *parse_models([f"gram:other={broken}"])], address="auto")
+        assert httpx.post(f"{url}/compare", json=PAIR, timeout=60).json() == before
 
 
 def wait_for_models(client: httpx.Client, names: set[str]) -> None:
