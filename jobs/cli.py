@@ -151,6 +151,9 @@ def serve(
     ],
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port; 0 takes a free one.")] = 8000,
+    grpc_port: Annotated[
+        int | None, typer.Option(help="Port for gRPC, which listens on all addresses and so needs --keys.")
+    ] = None,
     address: Annotated[
         str | None, typer.Option(help="Running Ray cluster; default: a private local one.")
     ] = None,
@@ -178,7 +181,9 @@ def serve(
     if update:
         jobs.update_models(settings, address=address)
         return
-    jobs.serve_models(settings, host=host, port=port, address=address, print_yaml=print_yaml, keys=keys)
+    jobs.serve_models(
+        settings, host=host, port=port, grpc_port=grpc_port, address=address, print_yaml=print_yaml, keys=keys
+    )
 
 
 @keys_app.command("add")

@@ -50,6 +50,9 @@ APPLICATIONS = {
 GATEWAY = "eagleray.serve.gateway"
 """The application in front of them."""
 
+GRPC = "eagleray.serve.rpc.add_gateway_to_server"
+"""Its service."""
+
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,62}")
 _SYNTAX = (
     "Write KIND=FOLDER, or KIND:NAME=FOLDER for several of one kind, and KIND.KEY=VALUE or KIND:NAME.KEY=VALUE for "
@@ -74,6 +77,7 @@ def serve_models(
     *,
     host: str = "127.0.0.1",
     port: int = 8000,
+    grpc_port: int | None = None,
     address: str | None = None,
     print_yaml: bool = False,
     keys: Path | None = None,
@@ -84,20 +88,22 @@ def serve_models(
         settings: `KIND=FOLDER` or `KIND:NAME=FOLDER`, and `KIND.KEY=VALUE` for any field of the kind's `Args`.
         host: Address to listen on.
         port: Port to listen on; 0 takes a free one.
+        grpc_port: Port for gRPC, which needs `keys`; None: no gRPC.
         address: Address of a running Ray cluster. Default: a private local one.
         print_yaml: Print the YAML and stop; nothing is started.
         keys: File of API keys; without one no key is asked for, and only this machine may be listened on.
     """
     models = parse_models(settings)
-    check_host(host, keys=keys is not None)
+    check_host(host, keys=keys is not None, grpc_port=grpc_port)
     if keys is not None:
         read_keys(keys)
     console = Console(soft_wrap=True, markup=False, highlight=False)
     if print_yaml:
-        console.print(serve_yaml(gateway(keys), models, host=host, port=port), end="")
+        console.print(serve_yaml(gateway(keys), models, host=host, port=port, grpc_port=grpc_port), end="")
         return
     try:
-        with running(gateway(keys), models, host=host, port=port, address=address, access_log=True) as url:
+        door = {"host": host, "port": port, "grpc_port": grpc_port}
+        with running(gateway(keys), models, **door, address=address, access_log=True) as url:
             console.print(f"Serving at {url} (documentation: {url}/docs). Try:\n")
             for app in models:
                 console.print(f"  curl -s {url}{_EXAMPLES[app.deployment].replace('MODEL', app.name)}\n")
@@ -233,7 +239,14 @@ def _app(kind: str, args: ServedModel) -> App:
 def gateway(keys: str | Path | None = None) -> App:
     """The application in front of the models."""
     args = importlib.import_module(GATEWAY).Args(keys=None if keys is None else str(keys))
-    return App("gateway", f"{GATEWAY}:build_app", args, deployment="gateway", route_prefix="/")
+    return App(
+        "gateway",
+        f"{GATEWAY}:build_app",
+        args,
+        deployment="gateway",
+        route_prefix="/",
+        grpc_servicer=GRPC,
+    )
 
 
 def _settings(app: App) -> ServedModel:

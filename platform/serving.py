@@ -79,6 +79,8 @@ class App:
     """Name of its only deployment."""
     route_prefix: str | None = None
     """Where it answers HTTP; None for a model, which only the gateway calls."""
+    grpc_servicer: str | None = None
+    """Import path of the function that adds its gRPC service to a server."""
 
     def build(self) -> serve.Application:
         """The application, to be run from here."""
@@ -107,6 +109,7 @@ def running(
     *,
     host: str = "127.0.0.1",
     port: int = 0,
+    grpc_port: int | None = None,
     address: str | None = None,
     access_log: bool = False,
 ) -> Iterator[str]:
@@ -119,6 +122,7 @@ def running(
         models: Applications whose argument is a `ServedModel`.
         host: Address to listen on.
         port: Port to listen on; 0 takes a free one.
+        grpc_port: Port for gRPC, on all addresses of the machine; None: no gRPC.
         address: Address of a running Ray cluster.
         access_log: Whether the gateway logs a line for each request (method, path, model, status, time).
 
@@ -131,6 +135,8 @@ def running(
     """
     models = [_absolute(app) for app in models]
     port = _free_port(host, port)
+    if grpc_port is not None:
+        _free_port("0.0.0.0", grpc_port)
     with connected(RaySection(address=address), dashboard=True):  # `serve status` and metrics go through it
         models = _placed(models)
         if serve.status().proxies:
@@ -142,6 +148,7 @@ def running(
             serve.start(
                 proxy_location="HeadOnly",
                 http_options=_http_options(models, host=host, port=port),
+                grpc_options=_grpc_options(gateway, grpc_port),
                 logging_config=LoggingConfig(log_level="WARNING"),
             )
             try:
@@ -210,22 +217,31 @@ def update(gateway: str, models: Sequence[App], *, address: str) -> Update:
         )
 
 
-def serve_yaml(gateway: App, models: Sequence[App], *, host: str, port: int) -> str:
+def serve_yaml(
+    gateway: App, models: Sequence[App], *, host: str, port: int, grpc_port: int | None = None
+) -> str:
     """The file with which `serve deploy` runs the same applications."""
+    grpc = _grpc_options(gateway, grpc_port)
     config = {
         "proxy_location": "HeadOnly",
         "http_options": _http_options(models, host=host, port=port),
+        **({} if grpc is None else {"grpc_options": grpc}),
         "applications": [app.config(num_replicas=1) for app in (gateway, *models)],
     }
     return yaml.safe_dump(config, sort_keys=False, allow_unicode=True)
 
 
-def check_host(host: str, *, keys: bool) -> None:
+def check_host(host: str, *, keys: bool, grpc_port: int | None = None) -> None:
     """Refuse an address that other machines may reach, unless API keys are asked for.
 
     Raises:
-        ServingError: It is not a loopback address, and there are no keys.
+        ServingError: It is not a loopback address or gRPC is on, and there are no keys.
     """
+    if grpc_port is not None and not keys:
+        raise ServingError(
+            f"`--grpc-port` is {grpc_port}, and Ray Serve's gRPC listens on all addresses of the machine: everybody there "
+            "could use the models. Make API keys with `eagleray keys add NAME FILE` and give the file by `--keys FILE`."
+        )
     try:
         loopback = host == "localhost" or ipaddress.ip_address(host).is_loopback
     except ValueError:
@@ -356,6 +372,12 @@ def _http_options(models: Sequence[App], *, host: str, port: int) -> dict[str, A
     # The applications' own limits answer with a proper body; this one only catches what hangs outside of them.
     longest = max((app.args.timeout_s for app in models if isinstance(app.args, ServedModel)), default=60)
     return {"host": host, "port": port, "request_timeout_s": longest + 10}
+
+
+def _grpc_options(gateway: App, port: int | None) -> dict[str, Any] | None:
+    if port is None or gateway.grpc_servicer is None:
+        return None
+    return {"port": port, "grpc_servicer_functions": [gateway.grpc_servicer]}
 
 
 def _free_port(host: str, port: int) -> int:

@@ -25,12 +25,14 @@ from fastapi.openapi.utils import get_openapi
 from pydantic import field_validator
 from ray import serve
 from ray.serve import Application
+from ray.serve.grpc_util import RayServegRPCContext
 from starlette.types import Receive, Scope, Send
 from starlette.websockets import WebSocketClose
 
 import eagleray
 from eagleray.platform.config import Config
 from eagleray.platform.keys import KeyChecker
+from eagleray.serve import rpc
 from eagleray.serve.fleet import Fleet, Model, ServeFleet
 from eagleray.serve.guard import Guard
 from eagleray.serve.http_app import (
@@ -283,10 +285,20 @@ class Gateway:
     """One replica of the gateway."""
 
     def __init__(self, args: Args):
-        self._keys = None if args.keys is None else KeyChecker(Path(args.keys))
+        keys = None if args.keys is None else KeyChecker(Path(args.keys))
+        self._app = gateway_app(ServeFleet(gateway=NAME), keys=keys)
 
     def __serve_build_asgi_app__(self) -> FastAPI:
-        return gateway_app(ServeFleet(gateway=NAME), keys=self._keys)
+        return self._app
+
+    async def Call(self, request: bytes, grpc_context: RayServegRPCContext) -> Any:
+        """gRPC: the whole answer."""
+        return await rpc.call(self._app, request, grpc_context)
+
+    async def Stream(self, request: bytes, grpc_context: RayServegRPCContext) -> AsyncGenerator[Any]:
+        """gRPC: the answer piece by piece."""
+        async for piece in rpc.stream(self._app, request, grpc_context):
+            yield piece
 
 
 def build_app(args: Args) -> Application:

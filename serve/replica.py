@@ -124,7 +124,7 @@ class Served:
             else:
                 pieces.append(message.get("body", b""))
 
-        await self.app(_scope(call), _receive(call), send)
+        await self.app(asgi_scope(call), asgi_receive(call), send)
         return Reply(start["status"], list(start["headers"]), b"".join(pieces))
 
     async def stream(self, call: Call, /) -> AsyncGenerator[Reply | bytes]:
@@ -133,7 +133,7 @@ class Served:
 
         async def run() -> None:
             try:
-                await self.app(_scope(call), _receive(call), sent.put)
+                await self.app(asgi_scope(call), asgi_receive(call), sent.put)
             finally:
                 sent.put_nowait(None)
 
@@ -222,7 +222,8 @@ def _threads() -> int:
     return max(1, int(reserved or min(os.cpu_count() or 1, ray.cluster_resources()["CPU"])))
 
 
-def _scope(call: Call) -> dict[str, Any]:
+def asgi_scope(call: Call) -> dict[str, Any]:
+    """The call as an ASGI connection."""
     return {
         "type": "http",
         "asgi": {"version": "3.0", "spec_version": "2.3"},
@@ -239,7 +240,7 @@ def _scope(call: Call) -> dict[str, Any]:
     }
 
 
-def _receive(call: Call) -> Callable[[], Any]:
+def asgi_receive(call: Call) -> Callable[[], Any]:
     """The body, then silence: a client that goes away shows as a cancelled call."""
     messages = iter([{"type": "http.request", "body": call.body, "more_body": False}])
 

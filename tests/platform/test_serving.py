@@ -55,6 +55,12 @@ def test_other_hosts_need_keys(host: str) -> None:
     check_host(host, keys=True)
 
 
+def test_grpc_needs_keys_as_it_listens_on_all_addresses() -> None:
+    with pytest.raises(ServingError, match=r"`--grpc-port` is 9000.*all addresses.*eagleray keys add"):
+        check_host("127.0.0.1", keys=False, grpc_port=9000)
+    check_host("127.0.0.1", keys=True, grpc_port=9000)
+
+
 def test_a_taken_port_is_named(folder: Path) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))

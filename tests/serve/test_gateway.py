@@ -12,8 +12,10 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import grpc
 import httpx
 import pytest
+import rpc_client
 import yaml
 from builders import tiny_model, tiny_tokenizer
 from fastapi.testclient import TestClient
@@ -24,7 +26,7 @@ from eagleray.jobs.serve import gateway, parse_models
 from eagleray.models.gram.judge import Comparison, Judge, Pair, read_out
 from eagleray.models.gram.prompts import JudgeEncoder, JudgeTemplate
 from eagleray.platform.keys import KeyChecker, add_key
-from eagleray.platform.serving import ServingError, running, update
+from eagleray.platform.serving import ServingError, _free_port, running, update
 from eagleray.serve import gram, lisa
 from eagleray.serve.fleet import LocalFleet
 from eagleray.serve.gateway import gateway_app
@@ -210,7 +212,12 @@ def test_models_come_change_and_go_while_clients_keep_asking(
     ]
     assert abs(expected[0] - expected[1]) > 1e-4
     begin = parse_models([f"gram={folders['first']}"])
-    with running(gateway(), begin) as url, httpx.Client(base_url=url, timeout=60) as client:
+    grpc_port = _free_port("127.0.0.1", 0)
+    with (
+        running(gateway(), begin, grpc_port=grpc_port) as url,
+        httpx.Client(base_url=url, timeout=60) as client,
+    ):
+        by_grpc = rpc_client.Client(f"127.0.0.1:{grpc_port}", tmp_path)
         stop = threading.Event()
         seen: list[tuple[int, float]] = []
 
@@ -231,6 +238,12 @@ def test_models_come_change_and_go_while_clients_keep_asking(
                 request = {"model": "lisa", "prompt": "numbers", "max_tokens": 6, "temperature": 0}
                 with client.stream("POST", "/v1/completions", json=request | {"stream": True}) as answer:
                     assert sum(line.startswith("data: ") for line in answer.iter_lines()) > 2
+                streamed = json.dumps(request | {"stream": True}).encode()
+                assert len(by_grpc.stream(path="/v1/completions", body=streamed)) > 2
+                with pytest.raises(grpc.RpcError) as refused:
+                    by_grpc.stream(path="/v1/completions", body=b"{}")
+                assert refused.value.code() == grpc.StatusCode.INVALID_ARGUMENT  # type: ignore[attr-defined]
+                assert "`model` is missing" in refused.value.details()  # type: ignore[attr-defined]
                 broken = tmp_path / "broken"
                 shutil.copytree(folders["first"], broken)
                 (broken / "model.safetensors").write_bytes(b"cut off")
@@ -249,6 +262,8 @@ def test_models_come_change_and_go_while_clients_keep_asking(
                 one.result()
         assert {status for status, _ in seen} == {200} and len(seen) > 10
         assert client.post("/compare", json=PAIR).json()["p_a"] == pytest.approx(expected[1], abs=1e-6)
+        answer = by_grpc.call(path="/compare", body=json.dumps(PAIR).encode())
+        assert json.loads(answer.body)["p_a"] == pytest.approx(expected[1], abs=1e-6)
         values = [p_a for _, p_a in seen]
         assert all(min(abs(p - e) for e in expected) < 1e-6 for p in values)
         assert values[0] == pytest.approx(expected[0], abs=1e-6)
