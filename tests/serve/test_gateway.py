@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import shutil
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from pathlib import Path
 import grpc
 import httpx
 import pytest
+import ray
 import rpc_client
 import yaml
 from builders import tiny_model, tiny_tokenizer
@@ -237,13 +239,15 @@ def test_models_come_change_and_go_while_clients_keep_asking(
                 wait_for_models(client, {"gram", "lisa"})
                 request = {"model": "lisa", "prompt": "numbers", "max_tokens": 6, "temperature": 0}
                 with client.stream("POST", "/v1/completions", json=request | {"stream": True}) as answer:
-                    assert sum(line.startswith("data: ") for line in answer.iter_lines()) > 2
+                    assert sum(line.startswith("data: ") for line in answer.iter_lines()) >= 2
                 streamed = json.dumps(request | {"stream": True}).encode()
-                assert len(by_grpc.stream(path="/v1/completions", body=streamed)) > 2
+                pieces = by_grpc.stream(path="/v1/completions", body=streamed)
+                assert pieces[-1].body.endswith(b"data: [DONE]\n\n")
                 with pytest.raises(grpc.RpcError) as refused:
                     by_grpc.stream(path="/v1/completions", body=b"{}")
                 assert refused.value.code() == grpc.StatusCode.INVALID_ARGUMENT  # type: ignore[attr-defined]
                 assert "`model` is missing" in refused.value.details()  # type: ignore[attr-defined]
+                wait_for_what_the_dashboard_shows()
                 broken = tmp_path / "broken"
                 shutil.copytree(folders["first"], broken)
                 (broken / "model.safetensors").write_bytes(b"cut off")
@@ -283,6 +287,34 @@ def test_a_model_that_cannot_be_loaded_leaves_the_others(
         with pytest.raises(ServingError, match=r"broken could not be served: .*size"):
             update("gateway", [*begin, *parse_models([f"gram:other={broken}"])], address="auto")
         assert httpx.post(f"{url}/compare", json=PAIR, timeout=60).json() == before
+
+
+def wait_for_what_the_dashboard_shows() -> None:
+    """Ray offers, in Prometheus' format, every metric of the dashboard with every label by which it is summed."""
+    dashboard = json.loads((Path(__file__).parents[2] / "serve" / "grafana.json").read_text())
+    shown = [target["expr"] for panel in dashboard["panels"] for target in panel["targets"]]
+    wanted = {
+        (name, label)
+        for expression in shown
+        for name in re.findall(r"ray_eagleray_\w+", expression)
+        for label in re.search(r"by \((.+?)\)", expression)[1].split(", ")  # type: ignore[index]
+    }
+    assert len(wanted) == 10
+    [node] = ray.nodes()
+    url = f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics"
+    missing = wanted
+    for _ in range(60):  # Ray collects every ten seconds
+        lines = httpx.get(url, timeout=30).text.splitlines()
+        samples = {name: [line for line in lines if line.startswith(f"{name}{{")] for name, _ in wanted}
+        missing = {
+            (name, label)
+            for name, label in wanted
+            if not any(f'{label}="' in line.replace(f'{label}=""', "") for line in samples[name])
+        }
+        if not missing:
+            return
+        threading.Event().wait(0.5)
+    raise AssertionError(f"the dashboard shows what Ray does not offer: {sorted(missing)}")
 
 
 def wait_for_models(client: httpx.Client, names: set[str]) -> None:
