@@ -5,9 +5,9 @@
 One judge with two replicas, deployed with `serve deploy` on a cluster of its own; every answer is compared with the
 offline one. Three parts, one table:
 
-- faults: a replica is killed every 20 s, and in the middle the model is replaced by another one. Requests come at 80 % of
-  what two replicas answered while one was killed every 20 s: on two cores a replica that starts takes a core from those
-  that answer. Clients repeat what was answered 429 or 503, nothing else.
+- faults: every 20 s one of the replicas that run is killed, and in the middle the model is replaced by another one. Requests
+  come at 80 % of what two replicas answered while that was done to them: on two cores a replica that starts takes a core
+  from those that answer. Clients repeat what was answered 429 or 503, ever more slowly, and nothing else.
 - overload: five times as many requests as can be answered, which nobody repeats.
 - malformed: 10,000 requests of which none is right.
 """
@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import itertools
 import json
 import os
 import random
@@ -72,9 +73,9 @@ class Part:
 class Soak:
     """A gateway, its offline counterpart, and the load."""
 
-    def __init__(self, url: str, folders: list[Path], seed: int) -> None:
+    def __init__(self, url: str, dashboard: str, folders: list[Path], seed: int) -> None:
         self.random = random.Random(seed)
-        self.url = url
+        self.url, self.dashboard = url, dashboard
         self.pairs = [
             {k: self._text(n) for k, n in (("prompt", 60), ("a", 30), ("b", 30))} for _ in range(40)
         ]
@@ -110,14 +111,18 @@ class Soak:
             await asyncio.gather(*tasks)
 
     async def kill_replicas(self, part: Part, seconds: float) -> None:
-        """SIGKILL for one of the model's replicas, every now and then."""
+        """SIGKILL for one of the model's replicas that run, every now and then."""
         end = time.monotonic() + seconds
-        while time.monotonic() + KILL_EVERY_S < end:
-            await asyncio.sleep(KILL_EVERY_S)
-            replicas = [p for p in _processes() if "ServeReplica:gram" in _title(p)]
-            with contextlib.suppress(psutil.Error, IndexError):
-                self.random.choice(replicas).kill()
-                part.kills += 1
+        async with httpx.AsyncClient(base_url=self.dashboard, timeout=60) as serve:
+            while time.monotonic() + KILL_EVERY_S < end:
+                await asyncio.sleep(KILL_EVERY_S)
+                told = (await serve.get("/api/serve/applications/")).json()["applications"]
+                deployments = told["gram"]["deployments"]  # none while the model is being replaced
+                replicas = deployments["gram"]["replicas"] if deployments else []
+                running = [replica["pid"] for replica in replicas if replica["state"] == "RUNNING"]
+                with contextlib.suppress(psutil.Error, IndexError):  # IndexError: none runs
+                    psutil.Process(self.random.choice(running)).kill()
+                    part.kills += 1
 
     async def malformed(self, part: Part) -> None:
         """Ask what has no right answer."""
@@ -145,7 +150,7 @@ class Soak:
     async def _ask(self, client: httpx.AsyncClient, part: Part, *, repeat: bool = False) -> None:
         number, started = self.random.randrange(len(self.pairs)), time.monotonic()
         part.asked += 1
-        while True:
+        for attempt in itertools.count():
             try:
                 answer = await client.post("/compare", json=self.pairs[number])
             except httpx.TransportError as error:
@@ -155,7 +160,8 @@ class Soak:
             if answer.status_code in (429, 503):
                 if not repeat:
                     return
-                await asyncio.sleep(float(answer.headers.get("retry-after", 1)) * self.random.uniform(1, 2))
+                pause_s = float(answer.headers.get("retry-after", 1)) * min(2**attempt, 16)
+                await asyncio.sleep(pause_s * self.random.uniform(1, 2))
                 continue
             if answer.status_code != 200:
                 part.lost.append(str(answer.status_code))
@@ -245,8 +251,8 @@ def write_judge(folder: Path, seed: int) -> Path:
 
 
 @contextlib.contextmanager
-def deployed(folder: Path, model: Path) -> Iterator[tuple[str, Any]]:
-    """The gateway and a judge with two replicas; yields the address and a function that replaces the model."""
+def deployed(folder: Path, model: Path) -> Iterator[tuple[str, str, Any]]:
+    """The gateway and a judge with two replicas; yields its address, Ray's, and a function that replaces the model."""
     environment = {"RAY_AUTH_MODE": "disabled"}
     with local_cluster(cpus_per_node=4, environment=environment) as cluster:
         port = _free_port("127.0.0.1", 0)
@@ -256,7 +262,7 @@ def deployed(folder: Path, model: Path) -> Iterator[tuple[str, Any]]:
                 serve_yaml(gateway(), parse_models([f"gram={model}"]), host="127.0.0.1", port=port)
             )
             [judge] = [a for a in values["applications"] if a["name"] == "gram"]
-            judge["args"] |= {"cpus": 1, "max_pending": 16, "max_responses": 8}
+            judge["args"] |= {"cpus": 1, "max_pending": 16, "max_responses": 4}
             [deployment] = judge["deployments"]
             deployment.pop("autoscaling_config", None)
             deployment["num_replicas"] = 2
@@ -274,7 +280,7 @@ def deployed(folder: Path, model: Path) -> Iterator[tuple[str, Any]]:
         deploy(model)
         url = f"http://127.0.0.1:{port}"
         _wait_until_ready(url)
-        yield url, deploy
+        yield url, cluster.dashboard, deploy
 
 
 def _wait_until_ready(url: str, timeout_s: float = 300) -> None:
@@ -335,9 +341,9 @@ def main() -> None:
     options = parser.parse_args()
     folder = Path(tempfile.mkdtemp(prefix="serve-soak-"))
     first, second = (write_judge(folder / name, seed) for seed, name in enumerate(("first", "second")))
-    with deployed(folder, first) as (url, deploy):
+    with deployed(folder, first) as (url, dashboard, deploy):
         os.nice(15)  # as Ray's workers are: clients must not take the cores from those that they ask
-        soak = Soak(url, [first, second], options.seed)
+        soak = Soak(url, dashboard, [first, second], options.seed)
         parts = asyncio.run(run(soak, deploy, second, options.minutes))
     table = Table(title=f"{options.minutes:g} minutes of faults, seed {options.seed}")
     for column in (
