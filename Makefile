@@ -17,8 +17,7 @@ help:
 
 setup: $(READY)
 
-# A python3.12 on the path may be a shim that only prints an error, so each candidate is run, not just found. Of the
-# 25,000 files that pip would compile for a minute or two a fifth is ever imported: the import at the end compiles those.
+# A python3.12 on the path may be a shim that only prints an error, so each candidate is run, not just found.
 $(READY): pyproject.toml constraints.txt
 	@if [ ! -x $(PYTHON) ]; then \
 	  for candidate in python3.11 python3.12 python3; do \
@@ -33,8 +32,7 @@ $(READY): pyproject.toml constraints.txt
 	fi
 	@$(PYTHON) -m pip --version >/dev/null 2>&1 || $(PYTHON) -m ensurepip
 	@echo 'Installing eagleray and what it needs into .venv (a few minutes the first time)'
-	@$(PYTHON) -m pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt -e '.[dev]'
-	@$(PYTHON) -W ignore -c 'import eagleray.jobs.gram.demo'
+	@$(PYTHON) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	@touch $@
 
 demo: $(READY)
