@@ -5,9 +5,8 @@
 One judge with two replicas, deployed with `serve deploy` on a cluster of its own; every answer is compared with the
 offline one. Three parts, one table:
 
-- faults: every 20 s one of the replicas that run is killed, and in the middle the model is replaced by another one. Requests
-  come at 80 % of what two replicas answered while that was done to them: on two cores a replica that starts takes a core
-  from those that answer. Clients repeat what was answered 429 or 503, ever more slowly, and nothing else.
+- faults: requests at 80 % of what two replicas can do; a replica is killed every 20 s, and in the middle the model is
+  replaced by another one. Clients repeat what was answered 429 or 503, ever more slowly, and nothing else.
 - overload: five times as many requests as can be answered, which nobody repeats.
 - malformed: 10,000 requests of which none is right.
 """
@@ -73,9 +72,9 @@ class Part:
 class Soak:
     """A gateway, its offline counterpart, and the load."""
 
-    def __init__(self, url: str, dashboard: str, folders: list[Path], seed: int) -> None:
+    def __init__(self, url: str, folders: list[Path], seed: int) -> None:
         self.random = random.Random(seed)
-        self.url, self.dashboard = url, dashboard
+        self.url = url
         self.pairs = [
             {k: self._text(n) for k, n in (("prompt", 60), ("a", 30), ("b", 30))} for _ in range(40)
         ]
@@ -89,13 +88,13 @@ class Soak:
         return " ".join(self.random.choices(WORDS, k=words))
 
     async def saturation(self, seconds: float) -> float:
-        """Requests/s that are answered when clients never pause longer than they are told."""
+        """Requests/s that are answered when clients never pause."""
         part, end = Part("saturation"), time.monotonic() + seconds
         async with self._client() as client:
 
             async def ask_on() -> None:
                 while time.monotonic() < end:
-                    await self._ask(client, part, repeat=True)
+                    await self._ask(client, part)
 
             await asyncio.gather(*(ask_on() for _ in range(AT_A_TIME)))
         return part.statuses[200] / seconds
@@ -111,18 +110,14 @@ class Soak:
             await asyncio.gather(*tasks)
 
     async def kill_replicas(self, part: Part, seconds: float) -> None:
-        """SIGKILL for one of the model's replicas that run, every now and then."""
+        """SIGKILL for one of the model's replicas, every now and then."""
         end = time.monotonic() + seconds
-        async with httpx.AsyncClient(base_url=self.dashboard, timeout=60) as serve:
-            while time.monotonic() + KILL_EVERY_S < end:
-                await asyncio.sleep(KILL_EVERY_S)
-                told = (await serve.get("/api/serve/applications/")).json()["applications"]
-                deployments = told["gram"]["deployments"]  # none while the model is being replaced
-                replicas = deployments["gram"]["replicas"] if deployments else []
-                running = [replica["pid"] for replica in replicas if replica["state"] == "RUNNING"]
-                with contextlib.suppress(psutil.Error, IndexError):  # IndexError: none runs
-                    psutil.Process(self.random.choice(running)).kill()
-                    part.kills += 1
+        while time.monotonic() + KILL_EVERY_S < end:
+            await asyncio.sleep(KILL_EVERY_S)
+            replicas = [p for p in _processes() if "ServeReplica:gram" in _title(p)]
+            with contextlib.suppress(psutil.Error, IndexError):
+                self.random.choice(replicas).kill()
+                part.kills += 1
 
     async def malformed(self, part: Part) -> None:
         """Ask what has no right answer."""
@@ -251,8 +246,8 @@ def write_judge(folder: Path, seed: int) -> Path:
 
 
 @contextlib.contextmanager
-def deployed(folder: Path, model: Path) -> Iterator[tuple[str, str, Any]]:
-    """The gateway and a judge with two replicas; yields its address, Ray's, and a function that replaces the model."""
+def deployed(folder: Path, model: Path) -> Iterator[tuple[str, Any]]:
+    """The gateway and a judge with two replicas; yields the address and a function that replaces the model."""
     environment = {"RAY_AUTH_MODE": "disabled"}
     with local_cluster(cpus_per_node=4, environment=environment) as cluster:
         port = _free_port("127.0.0.1", 0)
@@ -280,7 +275,7 @@ def deployed(folder: Path, model: Path) -> Iterator[tuple[str, str, Any]]:
         deploy(model)
         url = f"http://127.0.0.1:{port}"
         _wait_until_ready(url)
-        yield url, cluster.dashboard, deploy
+        yield url, deploy
 
 
 def _wait_until_ready(url: str, timeout_s: float = 300) -> None:
@@ -297,24 +292,20 @@ def _wait_until_ready(url: str, timeout_s: float = 300) -> None:
 
 async def run(soak: Soak, deploy: Any, replacement: Path, minutes: float) -> list[Part]:
     """All parts, one after the other."""
-    whole = await soak.saturation(20)
-    disturbed, _ = await asyncio.gather(soak.saturation(80), soak.kill_replicas(Part("warm-up"), 80))
-    print(
-        f"Two replicas answer {whole:.1f} requests/s, and {disturbed:.1f} while one is killed every {KILL_EVERY_S} s.",
-        flush=True,
-    )
+    rate = await soak.saturation(20)
+    print(f"Two replicas answer {rate:.1f} requests/s.", flush=True)
     seconds, faults = 60 * minutes, Part("faults")
 
     async def replace_model() -> None:
         await asyncio.sleep(seconds / 2)
         await asyncio.to_thread(deploy, replacement)
 
-    load = soak.load(faults, rate=0.8 * disturbed, seconds=seconds, repeat=True)
+    load = soak.load(faults, rate=0.8 * rate, seconds=seconds, repeat=True)
     await asyncio.gather(load, soak.kill_replicas(faults, seconds), replace_model())
     print(_row(faults), flush=True)
     await asyncio.sleep(30)  # until both replicas are there again
     overload = Part("overload")
-    await soak.load(overload, rate=5 * whole, seconds=min(60.0, seconds), repeat=False)
+    await soak.load(overload, rate=5 * rate, seconds=min(60.0, seconds), repeat=False)
     print(_row(overload), flush=True)
     malformed = Part("malformed")
     await soak.malformed(malformed)
@@ -341,9 +332,9 @@ def main() -> None:
     options = parser.parse_args()
     folder = Path(tempfile.mkdtemp(prefix="serve-soak-"))
     first, second = (write_judge(folder / name, seed) for seed, name in enumerate(("first", "second")))
-    with deployed(folder, first) as (url, dashboard, deploy):
+    with deployed(folder, first) as (url, deploy):
         os.nice(15)  # as Ray's workers are: clients must not take the cores from those that they ask
-        soak = Soak(url, dashboard, [first, second], options.seed)
+        soak = Soak(url, [first, second], options.seed)
         parts = asyncio.run(run(soak, deploy, second, options.minutes))
     table = Table(title=f"{options.minutes:g} minutes of faults, seed {options.seed}")
     for column in (

@@ -286,7 +286,9 @@ def test_contradictions_are_refused(
 
 def test_benchmark_tasks_run(teacher: Path, tmp_path: Path) -> None:
     """A task of one's own, two choices a question: accuracy of both models from lm-evaluation-harness itself."""
-    pytest.importorskip("lm_eval", reason="lm-evaluation-harness is not installed")
+    pytest.importorskip(
+        "lm_eval", reason="lm-evaluation-harness is optional: pip install 'eagleray[lm-eval]'"
+    )
     rows = [{"question": f"word {i}", "choices": ["river", "forest"], "label": i % 2} for i in range(6)]
     (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
     (tmp_path / "task.yaml").write_text(
