@@ -134,9 +134,9 @@ def running(
         PlacementError: The cluster has no room for a replica.
     """
     models = [_absolute(app) for app in models]
-    port = _free_port(host, port)
+    port = free_port(host, port)
     if grpc_port is not None:
-        _free_port("0.0.0.0", grpc_port)
+        free_port("0.0.0.0", grpc_port)
     with connected(RaySection(address=address), dashboard=True):  # `serve status` and metrics go through it
         models = _placed(models)
         if serve.status().proxies:
@@ -380,7 +380,12 @@ def _grpc_options(gateway: App, port: int | None) -> dict[str, Any] | None:
     return {"port": port, "grpc_servicer_functions": [gateway.grpc_servicer]}
 
 
-def _free_port(host: str, port: int) -> int:
+def free_port(host: str, port: int = 0) -> int:
+    """The port, or a free one for 0.
+
+    Raises:
+        ServingError: Something listens there already.
+    """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with socket.socket(family, socket.SOCK_STREAM) as probe:
         # As the server will set it: a port whose last connections are still timing out is free.

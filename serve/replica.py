@@ -20,7 +20,7 @@ import ray
 from fastapi import FastAPI
 from ray import serve
 from ray.serve import Application
-from starlette.types import Message
+from starlette.types import ASGIApp, Message
 
 from eagleray.platform.serving import ServedModel
 
@@ -124,29 +124,34 @@ class Served:
             else:
                 pieces.append(message.get("body", b""))
 
-        await self.app(asgi_scope(call), asgi_receive(call), send)
+        await self.app(_scope(call), _receive(call), send)
         return Reply(start["status"], list(start["headers"]), b"".join(pieces))
 
-    async def stream(self, call: Call, /) -> AsyncGenerator[Reply | bytes]:
+    def stream(self, call: Call, /) -> AsyncGenerator[Reply | bytes]:
         """The answer piece by piece: first a `Reply` with the status and no body, then the body."""
-        sent: asyncio.Queue[Message | None] = asyncio.Queue()
+        return answered(self.app, call)
 
-        async def run() -> None:
-            try:
-                await self.app(asgi_scope(call), asgi_receive(call), sent.put)
-            finally:
-                sent.put_nowait(None)
 
-        task = asyncio.create_task(run())
+async def answered(app: ASGIApp, call: Call) -> AsyncGenerator[Reply | bytes]:
+    """What an ASGI application answers as it comes: first a `Reply` with the status and no body, then the body."""
+    sent: asyncio.Queue[Message | None] = asyncio.Queue()
+
+    async def run() -> None:
         try:
-            while (message := await sent.get()) is not None:
-                if message["type"] == "http.response.start":
-                    yield Reply(message["status"], list(message["headers"]), b"")
-                elif body := message.get("body", b""):
-                    yield body
-            await task
+            await app(_scope(call), _receive(call), sent.put)
         finally:
-            task.cancel()
+            sent.put_nowait(None)
+
+    task = asyncio.create_task(run())
+    try:
+        while (message := await sent.get()) is not None:
+            if message["type"] == "http.response.start":
+                yield Reply(message["status"], list(message["headers"]), b"")
+            elif body := message.get("body", b""):
+                yield body
+        await task
+    finally:
+        task.cancel()
 
 
 class Start(Protocol[Settings_contra]):
@@ -222,8 +227,7 @@ def _threads() -> int:
     return max(1, int(reserved or min(os.cpu_count() or 1, ray.cluster_resources()["CPU"])))
 
 
-def asgi_scope(call: Call) -> dict[str, Any]:
-    """The call as an ASGI connection."""
+def _scope(call: Call) -> dict[str, Any]:
     return {
         "type": "http",
         "asgi": {"version": "3.0", "spec_version": "2.3"},
@@ -240,7 +244,7 @@ def asgi_scope(call: Call) -> dict[str, Any]:
     }
 
 
-def asgi_receive(call: Call) -> Callable[[], Any]:
+def _receive(call: Call) -> Callable[[], Any]:
     """The body, then silence: a client that goes away shows as a cancelled call."""
     messages = iter([{"type": "http.request", "body": call.body, "more_body": False}])
 

@@ -6,7 +6,6 @@ code runs with one version of protobuf only; a test compares them with the file.
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 from collections.abc import AsyncGenerator
 from typing import Any
@@ -15,9 +14,9 @@ import grpc
 from google.protobuf import descriptor_pool, message_factory
 from google.protobuf.descriptor_pb2 import FieldDescriptorProto, FileDescriptorProto
 from ray.serve.grpc_util import RayServegRPCContext
-from starlette.types import ASGIApp, Message
+from starlette.types import ASGIApp
 
-from eagleray.serve.replica import Call, asgi_receive, asgi_scope
+from eagleray.serve.replica import Call, Reply, answered
 
 SERVICE = "eagleray.v1.Gateway"
 
@@ -89,29 +88,17 @@ async def stream(app: ASGIApp, request: bytes, context: RayServegRPCContext) -> 
     Raises:
         Refused: Serve sends the status of a stream that has no pieces only with an exception.
     """
-    sent: asyncio.Queue[Message | None] = asyncio.Queue()
     asked = _call(Request.FromString(request), context)
-
-    async def run() -> None:
-        try:
-            await app(asgi_scope(asked), asgi_receive(asked), sent.put)
-        finally:
-            sent.put_nowait(None)
-
-    task = asyncio.create_task(run())
     status, content_type, error = 500, "", b""
-    try:
-        while (message := await sent.get()) is not None:
-            if message["type"] == "http.response.start":
-                status = message["status"]
-                content_type = dict(message["headers"]).get(b"content-type", b"").decode("latin-1")
+    async with contextlib.aclosing(answered(app, asked)) as pieces:
+        async for piece in pieces:
+            if isinstance(piece, Reply):
+                status = piece.status
+                content_type = dict(piece.headers).get(b"content-type", b"").decode("latin-1")
             elif status >= 400:
-                error += message.get("body", b"")
-            elif body := message.get("body", b""):
-                yield Response(body=body, content_type=content_type)
-        await task
-    finally:
-        task.cancel()
+                error += piece
+            else:
+                yield Response(body=piece, content_type=content_type)
     if status >= 400:
         context.set_code(_STATUS.get(status, grpc.StatusCode.INTERNAL))
         context.set_details(error.decode("utf-8", "replace"))

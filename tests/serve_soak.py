@@ -43,7 +43,7 @@ from eagleray.models.backbone.model import build_llama, llama_config
 from eagleray.models.gram.judge import Judge
 from eagleray.models.gram.prompts import JudgeEncoder, JudgeTemplate
 from eagleray.platform.local_cluster import local_cluster
-from eagleray.platform.serving import _free_port, serve_yaml
+from eagleray.platform.serving import free_port, serve_yaml
 
 WORDS = ("river", "forest", "answer", "short", "useful", "numbers", "comma", "request", "better", "Peru")
 KILL_EVERY_S = 20
@@ -250,7 +250,7 @@ def deployed(folder: Path, model: Path) -> Iterator[tuple[str, Any]]:
     """The gateway and a judge with two replicas; yields the address and a function that replaces the model."""
     environment = {"RAY_AUTH_MODE": "disabled"}
     with local_cluster(cpus_per_node=4, environment=environment) as cluster:
-        port = _free_port("127.0.0.1", 0)
+        port = free_port("127.0.0.1")
 
         def deploy(model: Path) -> None:
             values = yaml.safe_load(

@@ -28,7 +28,7 @@ from eagleray.jobs.serve import gateway, parse_models
 from eagleray.models.gram.judge import Comparison, Judge, Pair, read_out
 from eagleray.models.gram.prompts import JudgeEncoder, JudgeTemplate
 from eagleray.platform.keys import KeyChecker, add_key
-from eagleray.platform.serving import ServingError, _free_port, running, update
+from eagleray.platform.serving import ServingError, free_port, running, update
 from eagleray.serve import gram, lisa
 from eagleray.serve.fleet import LocalFleet
 from eagleray.serve.gateway import gateway_app
@@ -214,7 +214,7 @@ def test_models_come_change_and_go_while_clients_keep_asking(
     ]
     assert abs(expected[0] - expected[1]) > 1e-4
     begin = parse_models([f"gram={folders['first']}"])
-    grpc_port = _free_port("127.0.0.1", 0)
+    grpc_port = free_port("127.0.0.1")
     with (
         running(gateway(), begin, grpc_port=grpc_port) as url,
         httpx.Client(base_url=url, timeout=60) as client,
