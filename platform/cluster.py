@@ -9,6 +9,7 @@ import secrets
 from collections.abc import Iterator, Mapping
 
 import ray
+from ray._private.state import jobs  # the public list needs the dashboard
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from eagleray.platform.environment import in_submitted_job
@@ -55,6 +56,12 @@ def connected(section: RaySection, *, dashboard: bool = False) -> Iterator[None]
         yield
     finally:
         ray.shutdown()
+
+
+def driver_is_gone() -> bool:
+    """Whether the driver of this process's job has ended; Ray then ends all processes of the job, in no order."""
+    here = ray.get_runtime_context().get_job_id()
+    return any(job["JobID"] == here and job["IsDead"] for job in jobs())
 
 
 def wants_gpu(section: RaySection) -> bool:

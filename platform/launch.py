@@ -11,7 +11,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from eagleray.platform.cluster import check_placement, check_shared_folder, connected, wants_gpu, worker_nodes
+from eagleray.platform.cluster import (
+    check_placement,
+    check_shared_folder,
+    connected,
+    driver_is_gone,
+    wants_gpu,
+    worker_nodes,
+)
 from eagleray.platform.progress import training_progress
 from eagleray.platform.runs import RunFolder, RunInterrupted
 from eagleray.platform.sections import RaySection, TrainingConfig
@@ -165,6 +172,9 @@ def run_workers(
         with _ray_train_settings(section):
             summary = stop.call(lambda: trainer.fit().return_value)
     except TrainingFailedError as error:
+        if driver_is_gone():
+            # This is a trial of a sweep that was killed, and next to be ended: it has lost its workers, not failed.
+            os._exit(1)
         raise TrainingError(f"{_reason(error)} Resume with `run.dir={run.folder.place}`.") from error
     except KeyboardInterrupt:
         raise RunInterrupted(run.folder.place, stop.received or signal.SIGINT) from None

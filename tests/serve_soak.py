@@ -155,7 +155,7 @@ class Soak:
             if answer.status_code in (429, 503):
                 if not repeat:
                     return
-                pause_s = float(answer.headers.get("retry-after", 1)) * min(2**attempt, 16)
+                pause_s = float(answer.headers.get("retry-after", 1)) * min(2**attempt, 64)
                 await asyncio.sleep(pause_s * self.random.uniform(1, 2))
                 continue
             if answer.status_code != 200:
