@@ -112,7 +112,7 @@ def sweep(
     objective: Annotated[
         list[str] | None, typer.Option(help="metric:max or metric:min; the first selects. May be repeated.")
     ] = None,
-    resume: Annotated[Path | None, typer.Option(help="Folder of a sweep that was cut short.")] = None,
+    resume: Annotated[str | None, typer.Option(help="Folder, or URI, of a sweep that was cut short.")] = None,
 ) -> None:
     """Train over a space of config values; ends with a table and the best config as a file for `train`."""
     from eagleray.jobs.sweep import (

@@ -14,7 +14,7 @@ import difflib
 import importlib
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -25,7 +25,7 @@ from eagleray.jobs.registry import Job, job_name, load_job
 from eagleray.platform.cluster import check_placement, connected, describe_needs
 from eagleray.platform.config import ConfigError, load_config, validate_config
 from eagleray.platform.population import Population, check_population, run_population, segment_ends
-from eagleray.platform.runs import CONFIG_FILE, RunFolder
+from eagleray.platform.runs import RunFolder
 from eagleray.platform.sections import JobConfig, TrainingConfig, TrainSection
 from eagleray.platform.space import (
     Objective,
@@ -149,16 +149,16 @@ def sweep_config(space: str, path: Path, overrides: Sequence[str], **options: An
     return validate_config(Config, values, "command line")
 
 
-def resumed_config(folder: Path) -> Config:
-    """The sweep that a folder holds, to go on with it there.
+def resumed_config(place: str) -> Config:
+    """The sweep that a folder holds, a path or URI, to go on with it there.
 
     Raises:
         ConfigError: The folder holds no sweep.
     """
-    path = folder / CONFIG_FILE
+    path = RunFolder(place).fetch_records().config
     if not path.is_file() or job_name(path) != JOB:
-        raise ConfigError(f"{folder} holds no sweep; give the run folder of one, by default in runs/{JOB}/.")
-    return load_config(Config, path, [f"run.dir={json.dumps(str(folder))}"])
+        raise ConfigError(f"{place} holds no sweep; give the run folder of one, by default in runs/{JOB}/.")
+    return load_config(Config, path, [f"run.dir={json.dumps(place)}"])
 
 
 def parse_seeds(text: str) -> int | list[int]:
@@ -195,7 +195,7 @@ def load_space(name: str, search: SearchName, job: Job) -> Space:
 def main(cfg: Config) -> SweptRun:
     """Check everything, run the trials, write what came out."""
     plan = _plan(cfg)
-    run = RunFolder.create(JOB, cfg, shared=True)
+    run = RunFolder.create(JOB, cfg, shared=_common_work(plan) is not None)
     with run.recording():
         return _sweep(plan, cfg, run)
 
@@ -278,7 +278,7 @@ def _kept_alike(
 
 def _sweep(plan: SweepPlan, cfg: Config, run: RunFolder) -> SweptRun:
     run.update_manifest(seeds={"sweep": list(plan.seeds)})
-    plan = _with_common_work(plan, run.path)
+    plan = _with_common_work(plan, run)
     with connected(cfg.ray):
         max_concurrent = _concurrency(plan, cfg)
         trials = _run(plan, run, max_concurrent)
@@ -287,17 +287,22 @@ def _sweep(plan: SweepPlan, cfg: Config, run: RunFolder) -> SweptRun:
             logger.warning("Trial %s failed: %s", trial.name, trial.error)
     results = rank_points(trials, plan.space)
     _tell_ties(results, plan.space)
-    exploits = Population.load(run.path).exploits
+    exploits = Population.load(run).exploits
     table = write_results(plan, run, trials, results, exploits)
     return SweptRun(run.path, table, write_best(plan, run, results[0]))
 
 
-def _with_common_work(plan: SweepPlan, folder: Path) -> SweepPlan:
-    """The plan with what its job does once for all trials (`prepare_sweep(cfg, folder)`), if it has such work."""
-    prepare = getattr(importlib.import_module(plan.main.__module__), "prepare_sweep", None)
+def _common_work(plan: SweepPlan) -> Callable[[TrainingConfig, Path], dict[str, Any]] | None:
+    """What the job does once for all trials, into the sweep's folder, if it has such work: `prepare_sweep`."""
+    return getattr(importlib.import_module(plan.main.__module__), "prepare_sweep", None)
+
+
+def _with_common_work(plan: SweepPlan, run: RunFolder) -> SweepPlan:
+    """The plan with the values that stand for what was done once for all trials."""
+    prepare = _common_work(plan)
     if prepare is None:
         return plan
-    common = prepare(validate_config(plan.config_class, plan.config, "trial"), folder.absolute())
+    common = prepare(validate_config(plan.config_class, plan.config, "trial"), run.path)
     trial = trial_config(plan.config_class, plan.config, common, source="trial")
     return replace(plan, config=trial.model_dump(mode="json"))
 
@@ -305,10 +310,10 @@ def _with_common_work(plan: SweepPlan, folder: Path) -> SweepPlan:
 def _run(plan: SweepPlan, run: RunFolder, max_concurrent: int) -> list[TrialRecord]:
     keep = plan.train.keep_model
     if plan.scheduler == "pbt":
-        trials = run_population(plan, run.path, max_concurrent=max_concurrent)
+        trials = run_population(plan, run, max_concurrent=max_concurrent)
         parts = [[read_trial(outcome, plan.space, keep=keep) for outcome in trial] for trial in trials]
         return [join_segments(trial, plan.space, keep=keep) for trial in parts]
-    outcomes = run_trials(plan, run.path, max_concurrent=max_concurrent)
+    outcomes = run_trials(plan, run, max_concurrent=max_concurrent)
     return [read_trial(outcome, plan.space, keep=keep) for outcome in outcomes]
 
 

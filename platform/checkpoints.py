@@ -31,7 +31,15 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from eagleray.platform.remote import CHECKPOINT_MANIFEST, PARTIAL, WORKERS_PARTS, SharedFolder, leads_node
+from eagleray.platform.remote import (
+    CHECKPOINT_MANIFEST,
+    PARTIAL,
+    WORKERS_PARTS,
+    SharedFolder,
+    is_uri,
+    leads_node,
+    open_folder,
+)
 from eagleray.platform.universal import load_universal, write_universal
 
 logger = logging.getLogger(__name__)
@@ -181,8 +189,11 @@ class Checkpointer:
             )
         return None
 
-    def start_from(self, path: Path) -> LoopState:
+    def start_from(self, place: str) -> LoopState:
         """Load a checkpoint of another run, which may have had another config, into the fresh engine.
+
+        Args:
+            place: Its folder, a path or URI.
 
         Returns:
             How far the other run was. What it held for its best model is left behind: that lies in its own folder.
@@ -190,12 +201,26 @@ class Checkpointer:
         Raises:
             CheckpointError: The checkpoint is missing, damaged or of another shape.
         """
+        path = self._copy_of(place) if is_uri(place) else Path(place)
         problem = self._problem(path, config_hash=None)
         if problem is not None:
-            raise CheckpointError(f"`train.start_from` is {path}, which cannot be used: {problem}.")
+            raise CheckpointError(f"`train.start_from` is {place}, which cannot be used: {problem}.")
         state = self._load(path)
+        if is_uri(place):
+            dist.barrier()
+            shutil.rmtree(path, ignore_errors=True)
         self._saved_step = 0  # the step is saved, but not in this run
         return LoopState(step=state.step, examples=state.examples, tokens=state.tokens)
+
+    def _copy_of(self, uri: str) -> Path:
+        """On every machine, a copy of a checkpoint that lies at a URI; of this run alone, as others may start from it too."""
+        source = open_folder(uri)
+        path = source.path / hashlib.sha256(self._place.encode()).hexdigest()[:12]
+        if leads_node():
+            shutil.rmtree(path, ignore_errors=True)
+            source.copy_to("", path)
+        dist.barrier()
+        return path
 
     def close(self) -> None:
         """End the thread; a checkpoint that is not finished by then is dropped."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import shutil
 import signal
@@ -20,7 +21,7 @@ from eagleray.platform.cluster import (
     worker_nodes,
 )
 from eagleray.platform.progress import training_progress
-from eagleray.platform.runs import RunFolder, RunInterrupted
+from eagleray.platform.runs import MANIFEST_FILE, RunFolder, RunInterrupted
 from eagleray.platform.sections import RaySection, TrainingConfig
 from eagleray.platform.stopping import SignalStop, withdraw_stop
 from eagleray.platform.task import Task
@@ -49,7 +50,7 @@ def train(
     job: str,
     prepare: Callable[[RunFolder], None],
     callbacks: Sequence[Any] = (),
-    data_of: Path | None = None,
+    data_of: str | None = None,
 ) -> TrainedRun:
     """Run a training job: run folder, prepared examples, Ray Train with DeepSpeed, report and plots.
 
@@ -59,7 +60,7 @@ def train(
         job: The job's name in run folders.
         prepare: Writes the examples that the task reads into `run.data`; called for a new run only.
         callbacks: Ray Train callbacks, called in this process.
-        data_of: Run folder whose prepared examples are used, in place of preparing the same ones again.
+        data_of: Run folder, a path or URI, whose prepared examples are used, in place of preparing the same ones again.
 
     Raises:
         PlacementError: The cluster cannot hold the run.
@@ -84,7 +85,7 @@ def train(
     return TrainedRun(run.path, summary)
 
 
-def _prepare_data(run: RunFolder, prepare: Callable[[RunFolder], None], data_of: Path | None) -> None:
+def _prepare_data(run: RunFolder, prepare: Callable[[RunFolder], None], data_of: str | None) -> None:
     if run.data.is_symlink():
         run.data.unlink()
     shutil.rmtree(run.data, ignore_errors=True)
@@ -92,8 +93,8 @@ def _prepare_data(run: RunFolder, prepare: Callable[[RunFolder], None], data_of:
         prepare(run)
         return
     other = RunFolder(data_of)
-    run.data.symlink_to(os.path.relpath(other.data.resolve(), run.path.resolve()), target_is_directory=True)
-    run.update_manifest(data_hashes=other.read_manifest()["data_hashes"])
+    other.folder.copy_to("data", run.data)
+    run.update_manifest(data_hashes=json.loads(other.folder.read_text(MANIFEST_FILE))["data_hashes"])
 
 
 def _fit(

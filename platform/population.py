@@ -16,7 +16,6 @@ from __future__ import annotations
 import itertools
 import logging
 import math
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -30,12 +29,16 @@ from ray.tune.search.sample import Integer, Quantized
 from eagleray.platform import storage
 from eagleray.platform.config import ConfigError
 from eagleray.platform.leftovers import Leftovers
+from eagleray.platform.remote import open_folder
+from eagleray.platform.runs import RunFolder
 from eagleray.platform.sections import TrainSection
 from eagleray.platform.space import SEED_KEY, Space, SweepPlan, TrialOutcome, is_grid, shown
-from eagleray.platform.tracking import METRICS_FILE, read_metrics
-from eagleray.platform.trial import is_finished, last_line, start_trial
+from eagleray.platform.tracking import read_metrics
+from eagleray.platform.trial import is_finished, last_line, start_trial, trials_of
 
 logger = logging.getLogger(__name__)
+
+_FILE = "population.json"
 
 _QUANTILE = 0.25
 """Share of the trials that take over, and of those that are taken over from."""
@@ -83,18 +86,19 @@ class Population:
     exploits: list[Exploit] = field(default_factory=list)
 
     @classmethod
-    def load(cls, folder: Path) -> Population:
+    def load(cls, run: RunFolder) -> Population:
         """What a sweep decided; empty if it has not begun."""
-        path = folder / "population.json"
+        path = run.path / _FILE
         if not path.exists():
             return cls()
         values = storage.read_json(path)
         segments = [{name: Member(**m) for name, m in segment.items()} for segment in values["segments"]]
         return cls(segments, [Exploit(**exploit) for exploit in values["exploits"]])
 
-    def save(self, folder: Path) -> None:
+    def save(self, run: RunFolder) -> None:
         """Write it as a whole."""
-        storage.write_json(folder / "population.json", asdict(self))
+        storage.write_json(run.path / _FILE, asdict(self))
+        run.folder.send(_FILE)
 
 
 def check_population(space: Space, train: TrainSection, *, size: int) -> None:
@@ -143,27 +147,27 @@ def segment_ends(train: TrainSection, perturb_every: int | None) -> list[int]:
     return [*range(every, train.max_steps, every), train.max_steps]
 
 
-def run_population(plan: SweepPlan, folder: Path, *, max_concurrent: int) -> list[list[TrialOutcome]]:
+def run_population(plan: SweepPlan, run: RunFolder, *, max_concurrent: int) -> list[list[TrialOutcome]]:
     """Run a population to its end, or go on with one. Ray must be connected.
 
     Args:
         plan: The sweep.
-        folder: Absolute folder, shared by all nodes; segments are run folders `trials/<name>/segment-<number>`.
+        run: Its run folder; segments are run folders `trials/<name>/segment-<number>` in it.
         max_concurrent: Trials that run at a time; the population may be larger.
 
     Returns:
         For each trial the outcomes of its segments.
     """
-    population, space, trials_dir = Population.load(folder), plan.space, folder / "trials"
+    population, space, trials = Population.load(run), plan.space, trials_of(run)
     if not population.segments:
         population.segments.append(first_members(plan))
-        population.save(folder)
+        population.save(run)
     ends = segment_ends(plan.train, plan.perturb_every)
     idle: list[Any] = []
     while True:
         number, members = len(population.segments), population.segments[-1]
-        errors = _run_segment(plan, trials_dir, number, members, ends[number - 1], max_concurrent, idle)
-        scores = {name: _score(_folder(trials_dir, name, number), space) for name in members}
+        errors = _run_segment(plan, trials, number, members, ends[number - 1], max_concurrent, idle)
+        scores = {name: _score(_segment(trials, name, number), space) for name in members}
         if number == len(ends) or not any(score is not None for score in scores.values()):
             break
         following, exploits = next_members(
@@ -175,15 +179,15 @@ def run_population(plan: SweepPlan, folder: Path, *, max_concurrent: int) -> lis
         population.exploits += exploits
         population.segments.append(
             {
-                name: Member(point, _newest_checkpoint(_folder(trials_dir, donors[name], number)))
+                name: Member(point, _newest_checkpoint(_segment(trials, donors[name], number)))
                 for name, point in following.items()
             }
         )
-        population.save(folder)
+        population.save(run)
         if number > 1:  # nobody starts from these any more
             for name in members:
-                shutil.rmtree(_folder(trials_dir, name, number - 1) / "checkpoints", ignore_errors=True)
-    return [_outcomes(plan, trials_dir, population, name, errors) for name in members]
+                open_folder(_segment(trials, name, number - 1)).remove("checkpoints")
+    return [_outcomes(plan, trials, population, name, errors) for name in members]
 
 
 def describe_exploit(exploit: Exploit) -> str:
@@ -272,7 +276,7 @@ def explore(domain: Any, value: Any, rng: np.random.RandomState) -> Any:
 
 def _run_segment(
     plan: SweepPlan,
-    trials_dir: Path,
+    trials: str,
     number: int,
     members: Mapping[str, Member],
     end: int,
@@ -285,7 +289,7 @@ def _run_segment(
         idle: Actors of earlier segments, which are used again, as they have imported everything.
     """
     leftovers, running, errors = Leftovers(), {}, {}
-    waiting = [name for name in members if not is_finished(_folder(trials_dir, name, number))]
+    waiting = [name for name in members if not is_finished(_segment(trials, name, number))]
     start = ray.remote(num_cpus=0)(_SegmentTrainer).remote
     try:
         while waiting or running:
@@ -293,9 +297,9 @@ def _run_segment(
                 name, member = waiting[0], members[waiting.pop(0)]
                 point = ", ".join(f"{key} = {shown(member.point[key])}" for key in plan.space.varied)
                 logger.info("Trial %s trains to step %d: %s.", name, end, point)
-                run_dir, note = _folder(trials_dir, name, number), f"trial {name}, segment {number}"
+                place, note = _segment(trials, name, number), f"trial {name}, segment {number}"
                 trainer: Any = idle.pop() if idle else start(plan, Path.cwd())
-                running[trainer.train.remote(run_dir, member, end, note)] = name, trainer
+                running[trainer.train.remote(place, member, end, note)] = name, trainer
             done, _ = ray.wait(list(running), timeout=1.0)
             leftovers.release()
             for reference in done:
@@ -325,7 +329,7 @@ class _SegmentTrainer:
     def __init__(self, plan: SweepPlan, working_dir: Path) -> None:
         self._plan, self._working_dir = plan, working_dir
 
-    def train(self, run_dir: Path, member: Member, end: int, note: str) -> None:
+    def train(self, place: str, member: Member, end: int, note: str) -> None:
         start = member.start_from
         point = {
             **member.point,
@@ -333,31 +337,32 @@ class _SegmentTrainer:
             "train.start_from": start,
             "train.stop_at": end,
         }
-        data_of = None if start is None else Path(start).parents[1]
-        start_trial(self._plan, run_dir, point, working_dir=self._working_dir, note=note, data_of=data_of)
+        data_of = None if start is None else start.rpartition("/checkpoints/")[0]
+        start_trial(self._plan, place, point, working_dir=self._working_dir, note=note, data_of=data_of)
 
 
 def _outcomes(
-    plan: SweepPlan, trials_dir: Path, population: Population, name: str, errors: Mapping[str, str]
+    plan: SweepPlan, trials: str, population: Population, name: str, errors: Mapping[str, str]
 ) -> list[TrialOutcome]:
     """How each segment of a trial ended; those before the last may have failed in an earlier attempt."""
     outcomes = []
     for number, members in enumerate(population.segments, start=1):
-        run_dir = _folder(trials_dir, name, number)
-        error = None if is_finished(run_dir) else errors.get(name, "it failed")
-        outcomes.append(TrialOutcome(name, run_dir, {**members[name].point, SEED_KEY: plan.seeds[0]}, error))
+        place = _segment(trials, name, number)
+        error = None if is_finished(place) else errors.get(name, "it failed")
+        outcomes.append(TrialOutcome(name, place, {**members[name].point, SEED_KEY: plan.seeds[0]}, error))
     return outcomes
 
 
-def _folder(trials_dir: Path, name: str, number: int) -> Path:
-    return trials_dir / name / f"segment-{number:02d}"
+def _segment(trials: str, name: str, number: int) -> str:
+    return f"{trials}/{name}/segment-{number:02d}"
 
 
-def _newest_checkpoint(run_dir: Path) -> str:
-    return str(max(path for path in (run_dir / "checkpoints").glob("step-*") if not path.suffix))
+def _newest_checkpoint(place: str) -> str:
+    return f"{place}/checkpoints/{open_folder(place).checkpoints()[-1]}"
 
 
-def _score(run_dir: Path, space: Space) -> float | None:
+def _score(place: str, space: Space) -> float | None:
     """The metric of a segment's last evaluation, which is at its end."""
-    evaluations = [record for record in read_metrics(run_dir / METRICS_FILE) if record["kind"] == "eval"]
-    return evaluations[-1].get(space.metric) if evaluations and is_finished(run_dir) else None
+    metrics = RunFolder(place).fetch_records().metrics
+    evaluations = [record for record in read_metrics(metrics) if record["kind"] == "eval"]
+    return evaluations[-1].get(space.metric) if evaluations and is_finished(place) else None

@@ -21,10 +21,11 @@ import socket
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 from fsspec.core import url_to_fs
 
@@ -40,6 +41,9 @@ CHECKPOINT_MANIFEST = "checkpoint.json"
 
 PARTIAL = ".partial"
 """Ending of the folder of a checkpoint that is being written."""
+
+_NOT_THE_DRIVERS = re.compile(r"checkpoints/step-|(model|best|tb|trials|scores)/|\.")
+"""What workers and the trials of a sweep write and read at the URI themselves."""
 
 _NEVER_SENT = ("ray",)
 """What only the machine that wrote it can use."""
@@ -62,6 +66,11 @@ class SharedFolder:
         self.place = str(path)
         """What `run.dir` calls it."""
 
+    @property
+    def filesystem(self) -> tuple[Any, str]:
+        """Through what pyarrow reads the folder as all nodes see it (none: as any file), and its path there."""
+        return None, self.place
+
     def read_text(self, name: str) -> str:
         """A file as all nodes see it."""
         return (self.path / name).read_text(encoding="utf-8")
@@ -75,8 +84,8 @@ class SharedFolder:
         _remove(self.path / name)
 
     def names(self) -> list[str]:
-        """What the folder holds at its top."""
-        return sorted(entry.name for entry in self.path.iterdir())
+        """What the folder holds at its top; nothing if there is no such folder."""
+        return sorted(entry.name for entry in self.path.iterdir()) if self.path.is_dir() else []
 
     def send(self, *names: str) -> None:
         """Let all nodes see files or folders as this machine has them; one that is gone here is removed."""
@@ -99,6 +108,10 @@ class SharedFolder:
 
     def receive_results(self) -> None:
         """In the driver, when the workers are done: what worker 0 wrote, if it was on another machine."""
+
+    def copy_to(self, name: str, target: Path) -> None:
+        """Make a folder of this run available at `target`, a path that is free; it is read there, never written to."""
+        target.symlink_to(os.path.relpath((self.path / name).resolve(), target.parent.resolve()), True)
 
     def begin_writing(self) -> None:
         """In worker 0, before it writes: start from what was sent, whatever an earlier attempt left on this machine."""
@@ -162,6 +175,10 @@ class RemoteFolder(SharedFolder):
         self._sending: Future[None] | None = None
         self._sent_at = self._asked_at = float("-inf")
         self._versions: dict[str, tuple[int, int]] = {}
+
+    @property
+    def filesystem(self) -> tuple[Any, str]:
+        return self._fs, self._root
 
     def read_text(self, name: str) -> str:
         with self._spoken():
@@ -227,7 +244,7 @@ class RemoteFolder(SharedFolder):
         for name in names:
             _remove(self.path / name)
             self._versions.pop(name, None)
-            self._get(self._list(name))
+            self._get({found: self.path / found for found in self._list(name)})
 
     def receive_data(self) -> None:
         try:
@@ -289,12 +306,11 @@ class RemoteFolder(SharedFolder):
         self._remove([name])
 
     def check_out(self) -> None:
-        """Replace the working copy of the driver by what the URI holds, but for what only the workers need."""
+        """Replace the working copy of the driver by what the URI holds, but for what others write and need."""
         for entry in self.path.iterdir():
             if entry.name != ".lock":
                 _remove(entry)
-        skipped = re.compile(r"checkpoints/step-|(model|best|tb)/|\.")
-        self._get([name for name in self._list("") if not skipped.match(name)])
+        self._get({name: self.path / name for name in self._list("") if not _NOT_THE_DRIVERS.match(name)})
 
     def check_in(self, *, but: Sequence[str] = ()) -> None:
         """Send all of the working copy except what others send."""
@@ -305,6 +321,10 @@ class RemoteFolder(SharedFolder):
         (self.path / "data").mkdir(exist_ok=True)
         (self.path / "data" / _VERSION).write_text(secrets.token_hex(8))
         self.send("data")
+
+    def copy_to(self, name: str, target: Path) -> None:
+        # Not by way of the working copy: several runs of one machine may ask for the same at the same time.
+        self._get({found: target / PurePosixPath(found).relative_to(name) for found in self._list(name)})
 
     def begin_writing(self) -> None:
         self.receive(*WORKERS_PARTS, "config.yaml", "stop")
@@ -354,13 +374,13 @@ class RemoteFolder(SharedFolder):
                 self._fs.makedirs(folder, exist_ok=True)
             self._fs.put([str(path) for path, _ in files], targets)
 
-    def _get(self, names: Sequence[str]) -> None:
-        if not names:
+    def _get(self, files: Mapping[str, Path]) -> None:
+        if not files:
             return
-        for folder in {(self.path / name).parent for name in names}:
+        for folder in {path.parent for path in files.values()}:
             folder.mkdir(parents=True, exist_ok=True)
         with self._spoken():
-            self._fs.get([self._at(name) for name in names], [str(self.path / name) for name in names])
+            self._fs.get([self._at(name) for name in files], [str(path) for path in files.values()])
 
     def _remove(self, names: Sequence[str]) -> None:
         # The manifest of a checkpoint first: what is half removed must not be taken for whole.

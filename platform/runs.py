@@ -55,7 +55,7 @@ FREE_ON_RESUME = {
 
 CONFIG_FILE, MANIFEST_FILE, REPORT_FILE = "config.yaml", "manifest.json", "report.json"
 
-_PROGRESS = (METRICS_FILE, REPORT_FILE, "checkpoints", "model", "scores", "trials")
+_PROGRESS = (METRICS_FILE, REPORT_FILE, "candidates", "checkpoints", "model", "scores", "trials")
 
 
 class RunFinishedError(ConfigError):
@@ -198,6 +198,11 @@ class RunFolder:
         """The manifest as it stands."""
         return storage.read_json(self.manifest)
 
+    def fetch_records(self) -> RunFolder:
+        """Have config, manifest, metrics and report here as they are at the URI, of a run that nobody works on."""
+        self.folder.receive(CONFIG_FILE, MANIFEST_FILE, METRICS_FILE, REPORT_FILE)
+        return self
+
     def update_manifest(self, **fields: Any) -> None:
         """Set fields of the manifest; mappings such as `data_hashes` are merged into what is there."""
         values = self.read_manifest()
@@ -307,7 +312,10 @@ class RunFolder:
             path = self.path / name
             if any(path.iterdir()) if path.is_dir() else path.is_file() and path.stat().st_size:
                 return True
-        return False
+        # At a URI these are not in the working copy.
+        return isinstance(self.folder, RemoteFolder) and not {"trials", "scores"}.isdisjoint(
+            self.folder.names()
+        )
 
     def _record(self, status: Status, **attempt_fields: Any) -> None:
         values = self.read_manifest()

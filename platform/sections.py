@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, Field, PositiveInt, field_validator, model_validator
 
 from eagleray.platform.config import Config
+from eagleray.platform.remote import is_uri
 
 Precision = Literal["fp32", "bf16", "fp16"]
 
@@ -150,7 +151,7 @@ class TrainSection(Config):
     seed: int = Field(default=0, ge=0)
     """Seed of initialisation, data order and dropout."""
     start_from: str | None = None
-    """Checkpoint folder of another run (`.../checkpoints/step-N`) to go on from: its weights, moments and step, but
+    """Checkpoint folder of another run (`.../checkpoints/step-N`, a path or URI) to go on from: its weights, moments and step, but
     the learning rate, schedule and all else of this config."""
     stop_at: int | None = Field(default=None, ge=1)
     """End after this step, with an evaluation and a checkpoint; the schedule still runs to the last step."""
@@ -159,7 +160,7 @@ class TrainSection(Config):
     @classmethod
     def _start_is_absolute(cls, path: str | None) -> str | None:
         # Ray's workers run in folders of their own.
-        return None if path is None else str(Path(path).expanduser().absolute())
+        return path if path is None or is_uri(path) else str(Path(path).expanduser().absolute())
 
 
 class DeepSpeedSection(Config):

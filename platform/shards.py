@@ -17,12 +17,14 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import pyarrow as pa
+import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 
 from eagleray.platform.cluster import check_placement, connected, wants_gpu
 from eagleray.platform.data.parts import Part, read_part
 from eagleray.platform.data.preferences import ReadReport
 from eagleray.platform.data.sources import DataError, Row
+from eagleray.platform.remote import SharedFolder, open_folder
 from eagleray.platform.sections import RaySection
 
 logger = logging.getLogger(__name__)
@@ -47,19 +49,19 @@ def process_parts(
     build: Callable[..., PartProcess],
     arguments: dict[str, Any],
     parts: Sequence[Part],
-    folder: Path,
+    place: str,
     section: RaySection,
     *,
     line_every_s: float = 30.0,
 ) -> ReadReport:
-    """Write `part-00000.parquet`, ... into `folder`, leaving alone those that are there already.
+    """Write `part-00000.parquet`, ... into a folder, leaving alone those that are there already.
 
     Args:
         build: Makes what processes a part; called once in each worker, so that a model is loaded once. An
             importable top-level function or class.
         arguments: Keyword arguments of `build`.
         parts: All parts, always in the same order.
-        folder: On storage that all workers share.
+        place: The folder: a path on storage that all workers share, or a URI.
         section: Workers and their resources.
         line_every_s: Least seconds between two lines on progress.
 
@@ -72,10 +74,11 @@ def process_parts(
     """
     import ray.data
 
-    folder.mkdir(parents=True, exist_ok=True)
-    _clear(folder)
-    paths = part_paths(folder, len(parts))
-    missing = [number for number, path in enumerate(paths) if not path.exists()]
+    folder = open_folder(place)
+    folder.path.mkdir(parents=True, exist_ok=True)
+    _clear(folder.path)
+    names, there = part_names(len(parts)), set(folder.names())
+    missing = [number for number, name in enumerate(names) if name not in there]
     if len(missing) < len(parts):
         logger.info("%d of %d parts are there already.", len(parts) - len(missing), len(parts))
     if missing:
@@ -84,12 +87,11 @@ def process_parts(
             logging.getLogger("ray.data").setLevel(logging.ERROR)
             ray.data.DataContext.get_current().enable_progress_bars = False
             items = [
-                {"path": str(paths[number]), "part": json.dumps(parts[number].to_json())}
-                for number in missing
+                {"name": names[number], "part": json.dumps(parts[number].to_json())} for number in missing
             ]
             done = ray.data.from_items(items, override_num_blocks=len(items)).map_batches(
                 _Worker,
-                fn_constructor_args=(build, arguments, max(1, int(section.cpus_per_worker))),
+                fn_constructor_args=(build, arguments, place, max(1, int(section.cpus_per_worker))),
                 batch_size=1,
                 compute=ray.data.ActorPoolStrategy(size=min(section.min_workers, len(missing))),
                 num_cpus=section.cpus_per_worker,
@@ -98,29 +100,41 @@ def process_parts(
             progress = _Progress(len(missing), line_every_s)
             for row in done.iter_rows():
                 progress.part_done(row["kept"])
-        _clear(folder)
-    return _added_up(paths)
+        _clear(folder.path)
+    return _added_up(folder, names)
 
 
-def part_paths(folder: Path, count: int) -> list[Path]:
-    """The files of the parts, in order."""
-    return [folder / f"part-{number:05d}.parquet" for number in range(count)]
+def part_names(count: int) -> list[str]:
+    """Names of the files of the parts, in order."""
+    return [f"part-{number:05d}.parquet" for number in range(count)]
+
+
+def read_parts(place: str, count: int, schema: pa.Schema) -> ds.Dataset:
+    """The results of all parts, in order, to be read in batches."""
+    filesystem, root = open_folder(place).filesystem
+    return ds.dataset([f"{root}/{name}" for name in part_names(count)], schema=schema, filesystem=filesystem)
 
 
 class _Worker:
     """Holds one model; takes one part at a time."""
 
-    def __init__(self, build: Callable[..., PartProcess], arguments: dict[str, Any], threads: int) -> None:
+    def __init__(
+        self, build: Callable[..., PartProcess], arguments: dict[str, Any], place: str, threads: int
+    ) -> None:
         import torch
 
         torch.set_num_threads(threads)
+        self._folder = open_folder(place)
         self._process = build(**arguments)
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
-        [path], [part] = batch["path"], batch["part"]
+        [name], [part] = batch["name"], batch["part"]
         report = ReadReport()
         chunks = self._process(read_part(Part.from_json(json.loads(part))), report)
-        _write(Path(path), self._process.schema, _counted(chunks, report), report)
+        path = self._folder.path / name
+        _write(path, self._process.schema, _counted(chunks, report), report)
+        self._folder.send(name)
+        self._folder.forget(path)
         return {"kept": [report.kept]}
 
 
@@ -150,10 +164,10 @@ def _clear(folder: Path) -> None:
         unfinished.unlink()
 
 
-def _added_up(paths: Sequence[Path]) -> ReadReport:
-    total = ReadReport()
-    for path in paths:
-        counts = json.loads(pq.read_metadata(path).metadata[_COUNTS])
+def _added_up(folder: SharedFolder, names: Sequence[str]) -> ReadReport:
+    total, (filesystem, root) = ReadReport(), folder.filesystem
+    for name in names:
+        counts = json.loads(pq.read_metadata(f"{root}/{name}", filesystem=filesystem).metadata[_COUNTS])
         total.read += counts["read"]
         total.kept += counts["kept"]
         for reason, count in counts["skipped"].items():

@@ -7,7 +7,6 @@ import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from ray.tune.search.sample import Categorical, Domain
@@ -114,8 +113,8 @@ class TrialOutcome:
     """How a trial ended, as Tune saw it."""
 
     name: str
-    path: Path
-    """The trial's run folder."""
+    place: str
+    """The trial's run folder, a path or URI."""
     point: dict[str, Any]
     """Its value of every key of the space, and its seed."""
     error: str | None

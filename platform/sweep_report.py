@@ -58,7 +58,7 @@ def write_best(plan: SweepPlan, run: RunFolder, best: PointResult) -> Path:
     config = trial_config(plan.config_class, plan.config, point, source="best point")
     head = f"# Best of the sweep {run.path.name} over `{plan.space.name}` by {plan.space.metric}.\n"
     if plan.scheduler == "pbt":
-        model = best.trials[0].path.relative_to(run.path) / "model"
+        model = f"{best.trials[0].place.removeprefix(f'{run.folder.place}/')}/model"
         head += (
             "# Values changed while the trials trained (see `exploits.md`): these are those of the best model, which\n"
             f"# lies in {model}; training with them from the start is another run.\n"

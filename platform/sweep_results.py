@@ -13,14 +13,12 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
-from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any, Literal
 
-from eagleray.platform.history import load_run
-from eagleray.platform.runs import MANIFEST_FILE, RunFolder
+from eagleray.platform.runs import RunFolder
 from eagleray.platform.space import SEED_KEY, Mode, Space, TrialOutcome
-from eagleray.platform.tracking import METRICS_FILE, RECORD_KEYS, read_metrics
+from eagleray.platform.tracking import RECORD_KEYS, read_metrics
 
 TrialStatus = Literal["finished", "stopped", "failed"]
 
@@ -37,7 +35,8 @@ class TrialRecord:
     """One trial, as its run folder tells."""
 
     name: str
-    path: Path
+    place: str
+    """Its run folder, a path or URI."""
     point: dict[str, Any]
     """Its value of every key of the space."""
     seed: int
@@ -69,20 +68,20 @@ class PointResult:
 def read_trial(outcome: TrialOutcome, space: Space, *, keep: Literal["best", "last"]) -> TrialRecord:
     """Read one trial's folder and record there that the scheduler stopped it, if that is what happened."""
     status: TrialStatus = "failed"
-    path, error = outcome.path, outcome.error
-    manifest = load_run(path).manifest if (path / MANIFEST_FILE).is_file() else {}
+    run, error = RunFolder(outcome.place).fetch_records(), outcome.error
+    manifest = run.read_manifest() if run.manifest.is_file() else {}
     if manifest.get("status") == "finished":
         status, error = "finished", None
     elif outcome.error is None:
         # The process was ended from outside; its manifest says `running`, or `failed` over what broke first.
         status = "stopped"
-        _record_stopped(path)
+        _record_stopped(run)
     elif manifest.get("status") == "failed":
         error = manifest["attempts"][-1].get("error", error)
-    records = [record for record in read_metrics(path / METRICS_FILE) if record["kind"] == "eval"]
+    records = [record for record in read_metrics(run.metrics) if record["kind"] == "eval"]
     return TrialRecord(
         name=outcome.name,
-        path=path,
+        place=outcome.place,
         point={key: value for key, value in outcome.point.items() if key in space.domains},
         seed=outcome.point[SEED_KEY],
         status=status,
@@ -215,10 +214,9 @@ def _point_result(trials: list[TrialRecord], metric: str) -> PointResult:
     return PointResult(trials[0].point, trials, metrics, interval)
 
 
-def _record_stopped(path: Path) -> None:
-    if not (path / MANIFEST_FILE).is_file():
+def _record_stopped(run: RunFolder) -> None:
+    if not run.manifest.is_file():
         return
-    run = RunFolder(path)
     attempts = run.read_manifest()["attempts"]
     ended = datetime.now(UTC).isoformat(timespec="seconds")
     for key in ("error", "traceback"):
@@ -235,7 +233,7 @@ def _no_result(trials: Sequence[TrialRecord], space: Space) -> str:
         first = failed[0]
         return (
             f"No point of the sweep finished: {len(failed)} of {len(trials)} trials failed. "
-            f"The first, {first.path}: {first.error}"
+            f"The first, {first.place}: {first.error}"
         )
     known = {name: None for t in trials for r in t.evaluations for name in r if name not in RECORD_KEYS}
     return (

@@ -156,7 +156,7 @@ class _Loop:
         if self.cfg.train.start_from is None:
             return LoopState()
         with own_rates(self.engine):
-            state = self.checkpointer.start_from(Path(self.cfg.train.start_from))
+            state = self.checkpointer.start_from(self.cfg.train.start_from)
         if state.step >= self.last_step:
             raise CheckpointError(
                 f"`train.start_from` has done {state.step} steps and this run ends after {self.last_step}. "

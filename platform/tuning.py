@@ -34,11 +34,12 @@ from ray.tune.search import BasicVariantGenerator
 from eagleray.platform import storage
 from eagleray.platform.config import ConfigError, flatten
 from eagleray.platform.leftovers import Leftovers
-from eagleray.platform.runs import CONFIG_FILE
+from eagleray.platform.remote import open_folder
+from eagleray.platform.runs import CONFIG_FILE, RunFolder
 from eagleray.platform.sections import TrainSection
 from eagleray.platform.space import SEED_KEY, SchedulerName, Space, SweepPlan, TrialOutcome, shown
-from eagleray.platform.tracking import METRICS_FILE, RECORD_KEYS, read_metrics
-from eagleray.platform.trial import is_finished, last_line, start_trial, wait_until_ended
+from eagleray.platform.tracking import RECORD_KEYS, read_metrics
+from eagleray.platform.trial import is_finished, last_line, start_trial, trials_of, wait_until_ended
 
 logger = logging.getLogger(__name__)
 
@@ -95,58 +96,59 @@ def evaluations(train: TrainSection) -> int | None:
     return math.ceil(train.max_steps / (train.eval_every or max(1, math.ceil(train.max_steps / 10))))
 
 
-def run_trials(plan: SweepPlan, folder: Path, *, max_concurrent: int) -> list[TrialOutcome]:
+def run_trials(plan: SweepPlan, run: RunFolder, *, max_concurrent: int) -> list[TrialOutcome]:
     """Run all trials of a sweep, or those that are left of one; a trial that fails does not end it.
 
     Ray must be connected.
 
     Args:
         plan: The sweep.
-        folder: Absolute folder, shared by all nodes: run folders go into `trials/`, Tune's records into `tune/`.
+        run: Its run folder: run folders of the trials go into `trials/`, Tune's records into `ray/`.
         max_concurrent: Trials that run at a time.
 
     Returns:
         One outcome a trial, in the order of their numbers.
     """
-    leftovers, trials_dir = Leftovers(), folder / "trials"
-    shutil.rmtree(folder / "tune", ignore_errors=True)  # of an earlier attempt
+    leftovers, trials = Leftovers(), trials_of(run)
+    records = run.path / "ray"
+    shutil.rmtree(records, ignore_errors=True)  # of an earlier attempt
     tuner = tune.Tuner(
-        tune.with_resources(_trial_function(plan, trials_dir, Path.cwd()), _NO_CORES),
+        tune.with_resources(_trial_function(plan, trials, Path.cwd()), _NO_CORES),
         param_space=_param_space(plan),
         tune_config=tune.TuneConfig(
             metric=plan.space.metric,
             mode=plan.space.mode,
             scheduler=build_scheduler(plan.scheduler, plan.train),
-            **_search_options(plan, max_concurrent, trials_dir),
+            **_search_options(plan, max_concurrent, trials),
             trial_name_creator=_trial_name(plan),
             trial_dirname_creator=_trial_name(plan),
         ),
         run_config=tune.RunConfig(
             name="tune",
-            storage_path=str(folder),
+            storage_path=str(records),
             verbose=0,
-            callbacks=[_Watcher(plan.space, leftovers, trials_dir)],
+            callbacks=[_Watcher(plan.space, leftovers, trials)],
         ),
     )
     with _quiet_tune():
         results = tuner.fit()
     leftovers.settle()
-    outcomes = [_outcome(trials_dir, result) for result in results]
+    outcomes = [_outcome(trials, result) for result in results]
     for outcome in outcomes:
-        wait_until_ended(outcome.path)
+        wait_until_ended(outcome.place)
     return sorted(outcomes, key=lambda outcome: outcome.name)
 
 
-def _trial_function(plan: SweepPlan, trials_dir: Path, working_dir: Path) -> Callable[[dict[str, Any]], None]:
+def _trial_function(plan: SweepPlan, trials: str, working_dir: Path) -> Callable[[dict[str, Any]], None]:
     def trial(point: dict[str, Any]) -> None:
         name = tune.get_context().get_trial_name()
-        run_dir = trials_dir / name
-        for record in _earlier_evaluations(run_dir):
+        place = f"{trials}/{name}"
+        for record in _earlier_evaluations(place):
             tune.report(record)
-        if _ended(run_dir):
+        if _ended(place):
             return
         options = {"working_dir": working_dir, "note": f"trial {name}", "callbacks": [_ReportToTune()]}
-        start_trial(plan, run_dir, point, **options)
+        start_trial(plan, place, point, **options)
 
     return trial
 
@@ -158,20 +160,19 @@ class _ReportToTune(UserCallback):
         tune.report(metrics[0])
 
 
-def _earlier_evaluations(run_dir: Path) -> list[dict[str, Any]]:
+def _earlier_evaluations(place: str) -> list[dict[str, Any]]:
     """What a trial of a resumed sweep evaluated up to where it goes on: schedulers count evaluations."""
-    ended = _ended(run_dir)
-    checkpoints = [path.name for path in (run_dir / "checkpoints").glob("step-*") if not path.suffix]
-    done = max((int(name.removeprefix("step-")) for name in checkpoints), default=0)
+    ended, run = _ended(place), RunFolder(place).fetch_records()
+    done = max((int(name.removeprefix("step-")) for name in run.folder.checkpoints()), default=0)
     return [
         {key: value for key, value in record.items() if key not in RECORD_KEYS or key == "step"}
-        for record in read_metrics(run_dir / METRICS_FILE)
+        for record in read_metrics(run.metrics)
         if record["kind"] == "eval" and (ended or record["step"] <= done)
     ]
 
 
-def _ended(run_dir: Path) -> bool:
-    return (run_dir / _STOPPED_MARK).exists() or is_finished(run_dir)
+def _ended(place: str) -> bool:
+    return _STOPPED_MARK in open_folder(place).names() or is_finished(place)
 
 
 def _param_space(plan: SweepPlan) -> dict[str, Any]:
@@ -180,13 +181,13 @@ def _param_space(plan: SweepPlan) -> dict[str, Any]:
     return {**plan.space.domains, SEED_KEY: tune.grid_search([first, *others]) if others else first}
 
 
-def _search_options(plan: SweepPlan, max_concurrent: int, trials_dir: Path) -> dict[str, Any]:
+def _search_options(plan: SweepPlan, max_concurrent: int, trials: str) -> dict[str, Any]:
     """Search algorithm, seeded by the first seed, and the limit on trials at a time in the form that it takes."""
     options: dict[str, Any] = {"num_samples": plan.samples}
     if plan.search == "optuna":
         from ray.tune.search.optuna import OptunaSearch
 
-        earlier = _earlier_points(plan, trials_dir)
+        earlier = _earlier_points(plan, trials)
         # Another seed after a resume: the first one would draw the first points again.
         search = OptunaSearch(seed=plan.seeds[0] + len(earlier), points_to_evaluate=earlier)
         return {**options, "search_alg": search, "max_concurrent_trials": max_concurrent}
@@ -198,16 +199,17 @@ def _search_options(plan: SweepPlan, max_concurrent: int, trials_dir: Path) -> d
     return {**options, "search_alg": search}
 
 
-def _earlier_points(plan: SweepPlan, trials_dir: Path) -> list[dict[str, Any]]:
+def _earlier_points(plan: SweepPlan, trials: str) -> list[dict[str, Any]]:
     """The points of a resumed sweep, in the order of their trials: optuna's next depend on results and their order.
 
     A trial that was killed before it had written its config is given a new random point.
     """
-    configs = {path.parent.name: path for path in trials_dir.glob(f"*/{CONFIG_FILE}")}
     points = []
-    for number in range(1, max(map(int, configs), default=0) + 1):
-        path = configs.get(_name(number))
-        values = flatten(yaml.safe_load(path.read_text(encoding="utf-8"))) if path else {}
+    for number in range(1, max(map(int, open_folder(trials).names()), default=0) + 1):
+        values = {}
+        with contextlib.suppress(FileNotFoundError):
+            text = open_folder(f"{trials}/{_name(number)}").read_text(CONFIG_FILE)
+            values = flatten(yaml.safe_load(text))
         rng = np.random.RandomState(number)
         points.append(
             {
@@ -235,8 +237,8 @@ def _name(number: int) -> str:
 class _Watcher(tune.Callback):
     """Tells what happens and has leftovers released while trials run, so that the next ones find a place."""
 
-    def __init__(self, space: Space, leftovers: Leftovers, trials_dir: Path) -> None:
-        self._space, self._leftovers, self._trials_dir = space, leftovers, trials_dir
+    def __init__(self, space: Space, leftovers: Leftovers, trials: str) -> None:
+        self._space, self._leftovers, self._trials = space, leftovers, trials
         self._next_release = 0.0
 
     def on_step_end(self, iteration: int, trials: list[Trial], **info: Any) -> None:
@@ -255,20 +257,20 @@ class _Watcher(tune.Callback):
         logger.info("Trial %s, step %s: %s %s.", trial, result.get("step"), metric, shown(result.get(metric)))
 
     def on_trial_complete(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
-        run_dir = self._trials_dir / str(trial)
-        if not is_finished(run_dir):
-            (run_dir / _STOPPED_MARK).touch()
+        place = f"{self._trials}/{trial}"
+        if not is_finished(place):
+            open_folder(place).write_text(_STOPPED_MARK, "")
 
     def on_trial_error(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
         logger.warning("Trial %s failed.", trial)
 
 
-def _outcome(trials_dir: Path, result: Any) -> TrialOutcome:
+def _outcome(trials: str, result: Any) -> TrialOutcome:
     name = Path(result.path).name
     error = None
     if result.error is not None:
         error = last_line(result.error)
-    return TrialOutcome(name, trials_dir / name, storage.plain(result.config), error)
+    return TrialOutcome(name, f"{trials}/{name}", storage.plain(result.config), error)
 
 
 @contextlib.contextmanager

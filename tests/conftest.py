@@ -38,6 +38,7 @@ def ray_cluster() -> Iterator[None]:
 
     # Sockets lie below this folder and their paths may not exceed 107 characters, hence no `tmp_path`.
     folder = tempfile.mkdtemp(prefix="er-", dir="/tmp")
+    os.environ.setdefault("EAGLERAY_WORK_DIR", f"{folder}/work")  # of runs at URIs
     ray.init(
         address="local",
         num_cpus=4,

@@ -10,7 +10,6 @@ the seed alone. A run that was stopped goes on with the same command: parts that
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from pathlib import Path
 from typing import Any, Literal
 
 import pyarrow as pa
@@ -33,7 +32,7 @@ from eagleray.platform.data.sources import DataError, Row, SourceConfig, file_ha
 from eagleray.platform.pretrained import load_tokenizer
 from eagleray.platform.runs import RunFolder
 from eagleray.platform.sections import JobConfig, ModelSection
-from eagleray.platform.shards import part_paths, process_parts
+from eagleray.platform.shards import process_parts, read_parts
 
 JOB = "align.sample"
 
@@ -124,17 +123,17 @@ def main(cfg: Config) -> dict[str, Any]:
             run.data.mkdir(exist_ok=True)
             write_rows(file, prompts)
         parts = list(cut_into_parts(SourceConfig(path=str(file)), cfg.rows_per_part))
-        folder = run.path / "candidates"
-        process_parts(Sampler, {"cfg": cfg}, parts, folder, cfg.ray)
-        report = _summary(part_paths(folder, len(parts)))
+        place = f"{run.folder.place}/candidates"
+        process_parts(Sampler, {"cfg": cfg}, parts, place, cfg.ray)
+        report = _summary(read_parts(place, len(parts), Sampler.schema))
         run.write_report(report)
     return report
 
 
-def _summary(files: list[Path]) -> dict[str, Any]:
+def _summary(candidates: ds.Dataset) -> dict[str, Any]:
     prompts = answers = empty = 0
     distinct = 0.0
-    for batch in ds.dataset([str(file) for file in files], schema=Sampler.schema).to_batches():
+    for batch in candidates.to_batches():
         for row in batch.to_pylist():
             texts = [candidate["text"] for candidate in row["candidates"]]
             prompts += 1

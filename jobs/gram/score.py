@@ -25,7 +25,7 @@ from eagleray.platform.data.preferences import PreferenceData, ReadReport, read_
 from eagleray.platform.data.sources import DataError, Row, file_hashes
 from eagleray.platform.runs import RunFolder
 from eagleray.platform.sections import JobConfig
-from eagleray.platform.shards import part_paths, process_parts
+from eagleray.platform.shards import process_parts, read_parts
 
 JOB = "gram.score"
 logger = logging.getLogger(__name__)
@@ -98,22 +98,21 @@ def main(cfg: Config) -> dict[str, Any]:
         DataError: A row does not fit (unless `pairs.on_error` is `skip`), or none is left.
     """
     pairs = cfg.pairs.resolved(".")
-    with RunFolder.create(JOB, cfg, shared=True).recording() as run:
+    with RunFolder.create(JOB, cfg).recording() as run:
         _check_unchanged(run, pairs)
         parts = [part for source in pairs.sources for part in cut_into_parts(source, rows=cfg.rows_per_part)]
-        folder = run.path / "scores"
-        report = process_parts(PairScores, {"scorer": cfg.scorer, "pairs": pairs}, parts, folder, cfg.ray)
+        place = f"{run.folder.place}/scores"
+        report = process_parts(PairScores, {"scorer": cfg.scorer, "pairs": pairs}, parts, place, cfg.ray)
         logger.info("Pairs: %s.", report.summary())
         if report.kept == 0:
             raise DataError(
                 ", ".join(source.path for source in pairs.sources), "no row is left", report.summary()
             )
-        files = [str(path) for path in part_paths(folder, len(parts))]
         summary = {
             "pairs": report.kept,
             "skipped": report.skipped,
             "parts": len(parts),
-            **_shares(ds.dataset(files, schema=PairScores.schema)),
+            **_shares(read_parts(place, len(parts), PairScores.schema)),
         }
         run.write_report(summary)
     return summary

@@ -197,7 +197,7 @@ def test_ctrl_c_in_the_command_says_how_to_go_on(
     assert stop.value.code == 130
     assert "resume the run with" in capsys.readouterr().err
     assert RunFolder(tmp_path / "run").read_manifest()["status"] == "interrupted"
-    assert resumed_config(tmp_path / "run") == config(f"run.dir={tmp_path / 'run'}")
+    assert resumed_config(str(tmp_path / "run")) == config(f"run.dir={tmp_path / 'run'}")
 
 
 @pytest.mark.parametrize(
@@ -324,13 +324,16 @@ def files(folder: Path) -> dict[str, int]:
 def test_a_killed_command_with_optuna_is_resumed_and_ends_in_a_config_that_trains(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The driver is killed in the second of two trials; the first is not touched again, the second goes on."""
+    """The driver is killed in the second of two trials; the first is not touched again, the second goes on.
+
+    The sweep lies at a URI: what the driver reads of its trials, it reads there.
+    """
     monkeypatch.setattr("eagleray.jobs.cli.configure_logging", lambda: None)  # would outlive the test
     monkeypatch.chdir(tmp_path)
-    baseline, trials = resources(), tmp_path / "here/trials"
+    baseline, trials, place = resources(), tmp_path / "here/trials", f"file://{tmp_path}/here"
     options = ["--search", "optuna", "--num-samples", "2", "--max-concurrent", "1"]
     options += ["--objective", "accuracy:max", "--objective", "nll:min"]
-    steps = ["train.max_steps=24", "train.eval_every=4", "train.seed=7", "run.dir=here"]
+    steps = ["train.max_steps=24", "train.eval_every=4", "train.seed=7", f"run.dir={place}"]
     steps += [f"ray.address={ray.get_runtime_context().gcs_address}"]
     command = ["sweep", "label_smoothing", "--config", str(TINY), *QUICK, *steps, *options]
 
@@ -339,7 +342,7 @@ def test_a_killed_command_with_optuna_is_resumed_and_ends_in_a_config_that_train
         driver = subprocess.Popen(
             [sys.executable, "-m", "eagleray.jobs.cli", *command], env=environment, stdout=log, stderr=log
         )
-    while not (trials / "0002/checkpoints/step-00000004").exists():
+    while not (trials / "0002/checkpoints/step-00000004/checkpoint.json").exists():
         assert driver.poll() is None, Path("log").read_text()
         time.sleep(0.02)
     driver.kill()
@@ -350,7 +353,7 @@ def test_a_killed_command_with_optuna_is_resumed_and_ends_in_a_config_that_train
     first = files(trials / "0001")
 
     with pytest.raises(SystemExit) as stop:
-        eagleray(["sweep", "--resume", "here"])
+        eagleray(["sweep", "--resume", place])
 
     assert stop.value.code == 0
     assert returns_to(baseline, within_s=10)
@@ -384,8 +387,9 @@ def test_a_killed_command_with_optuna_is_resumed_and_ends_in_a_config_that_train
 
 @pytest.mark.ray
 @pytest.mark.usefixtures("ray_cluster")
+@pytest.mark.parametrize("scheme", ["", pytest.param("file://", marks=pytest.mark.soak)])
 def test_a_population_exploits(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    scheme: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Of two trials one takes over from the other, which goes on undisturbed.
 
@@ -397,23 +401,24 @@ def test_a_population_exploits(
     caplog.set_level(logging.INFO, logger="eagleray")
     baseline = resources()
     steps = ["train.max_steps=8", "train.eval_every=4", "train.log_every=1"]
-    cfg = config(
-        *QUICK, *steps, f"run.dir={tmp_path / 'run'}", scheduler="pbt", num_samples=2, perturb_every=4
-    )
+    folder, place = tmp_path / "run", f"{scheme}{tmp_path / 'run'}"
+    cfg = config(*QUICK, *steps, f"run.dir={place}", scheduler="pbt", num_samples=2, perturb_every=4)
 
     done = sweep.main(cfg)
 
     assert returns_to(baseline, within_s=10)
-    report = json.loads((done.path / "report.json").read_text())
+    report = json.loads((folder / "report.json").read_text())
     assert report["count"] == {"finished": 2, "stopped": 0, "failed": 0}
     (exploit,) = report["exploits"]
-    clone, donor = (done.path / "trials" / exploit[key] for key in ("trial", "donor"))
+    clone, donor = (folder / "trials" / exploit[key] for key in ("trial", "donor"))
     assert clone != donor and exploit["step"] == 4
     ends = [read_metrics(path / "segment-01/metrics.jsonl")[-1]["nll"] for path in (clone, donor)]
     assert ends[0] < ends[1]  # the space selects by the largest
     start = load_config(finetune.Config, clone / "segment-02/config.yaml").train.start_from
-    assert start == str(donor / "segment-01/checkpoints/step-00000004")
-    assert (clone / "segment-02/data").resolve() == (donor / "segment-01/data").resolve()
+    assert start == f"{scheme}{donor}/segment-01/checkpoints/step-00000004"
+    taken, examples = (path / "data" for path in (clone / "segment-02", donor / "segment-01"))
+    assert scheme or taken.resolve() == examples.resolve()
+    assert (taken / "train.arrow").read_bytes() == (examples / "train.arrow").read_bytes()
 
     rates = [
         load_config(finetune.Config, path / "segment-01/config.yaml").optim.lr for path in (clone, donor)
@@ -428,18 +433,18 @@ def test_a_population_exploits(
 
     told = f"{clone.name} goes on from {donor.name} with optim.lr {rates[0]:.6g} -> {new:.6g}"
     assert told in caplog.text
-    assert f"| 4    | {clone.name}  | {donor.name} |" in (done.path / "exploits.md").read_text()
+    assert f"| 4    | {clone.name}  | {donor.name} |" in (folder / "exploits.md").read_text()
     assert load_config(finetune.Config, done.best).optim.lr == report["best"]["optim.lr"]
 
     # As if the driver had been killed before the clone's last segment: that alone is trained, with what was decided.
     shutil.rmtree(clone / "segment-02")
-    (done.path / "report.json").unlink()
-    RunFolder(done.path).update_manifest(status="running")
+    (folder / "report.json").unlink()
+    RunFolder(folder).update_manifest(status="running")
     others = {path: files(path) for path in (donor / "segment-02", clone / "segment-01")}
-    resumed = sweep.main(resumed_config(done.path))
+    resumed = sweep.main(resumed_config(place))
     assert {path: files(path) for path in others} == others
     assert resumed.table == done.table
-    assert json.loads((done.path / "report.json").read_text()) == report
+    assert json.loads((folder / "report.json").read_text()) == report
 
 
 @pytest.mark.ray

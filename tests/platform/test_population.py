@@ -21,6 +21,7 @@ from eagleray.platform.population import (
     next_members,
     segment_ends,
 )
+from eagleray.platform.runs import RunFolder
 from eagleray.platform.sections import TrainingConfig, TrainSection
 from eagleray.platform.space import SearchName, Space, SweepPlan
 
@@ -171,8 +172,8 @@ def test_what_may_change(key: str) -> None:
 
 
 def test_decisions_are_remembered(tmp_path: Path) -> None:
-    assert Population.load(tmp_path) == Population()
+    assert Population.load(RunFolder(tmp_path)) == Population()
     population = Population([members(2)], [Exploit("1", "2", 5, {"optim.lr": 0.1}, {"optim.lr": 0.2})])
     population.segments.append({"1": Member({"optim.lr": 0.2}, "/somewhere/step-00000005")})
-    population.save(tmp_path)
-    assert Population.load(tmp_path) == population
+    population.save(RunFolder(tmp_path))
+    assert Population.load(RunFolder(tmp_path)) == population

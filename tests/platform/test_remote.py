@@ -107,8 +107,10 @@ def test_what_cannot_be_used_is_refused_before_anything_runs(bucket: Path, tmp_p
         RunFolder.create(JOB, load_config(TrainingConfig, None, ["run.dir=xyz://a/b"]))
     with pytest.raises(ConfigError, match=r"run folder cannot be written \(file://.*NotADirectoryError"):
         RunFolder.create(JOB, config(bucket / "thesis.tex" / "run"))
-    with pytest.raises(ConfigError, match=r"of `sweep` are written by several processes, which need a path"):
-        RunFolder.create("sweep", config(bucket / "run"), shared=True)
+    with pytest.raises(
+        ConfigError, match=r"of `gram.demo` are written by several processes, which need a path"
+    ):
+        RunFolder.create("gram.demo", config(bucket / "run"), shared=True)
 
 
 def test_results_that_cannot_be_sent_are_not_called_finished(

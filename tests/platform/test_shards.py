@@ -10,15 +10,15 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.dataset as ds
 import pytest
 
 from eagleray.platform.cluster import PlacementError
 from eagleray.platform.data.parts import Part, cut_into_parts
 from eagleray.platform.data.preferences import ReadReport
 from eagleray.platform.data.sources import DataError, Row, SourceConfig
+from eagleray.platform.remote import open_folder
 from eagleray.platform.sections import RaySection
-from eagleray.platform.shards import part_paths, process_parts
+from eagleray.platform.shards import part_names, process_parts, read_parts
 
 ROWS, ROWS_PER_PART = 50, 7
 
@@ -53,10 +53,9 @@ def parts(tmp_path: Path) -> list[Part]:
     return list(cut_into_parts(SourceConfig(path=str(file)), ROWS_PER_PART))
 
 
-def _check_results(folder: Path, parts: list[Part], report: ReadReport) -> None:
-    files = part_paths(folder, len(parts))
-    assert sorted(folder.iterdir()) == files
-    table = ds.dataset([str(file) for file in files]).to_table()
+def _check_results(place: str, parts: list[Part], report: ReadReport) -> None:
+    assert open_folder(place).names() == part_names(len(parts))
+    table = read_parts(place, len(parts), Doubler.schema).to_table()
     kept = [n for n in range(ROWS) if n % 10 != 9]
     assert table["id"].to_pylist() == [str(n) for n in kept]
     assert table["double"].to_pylist() == [2 * n for n in kept]
@@ -66,10 +65,13 @@ def _check_results(folder: Path, parts: list[Part], report: ReadReport) -> None:
 @pytest.mark.ray
 @pytest.mark.usefixtures("ray_cluster")
 def test_a_worker_that_dies_costs_nothing(tmp_path: Path, parts: list[Part]) -> None:
+    """At a URI: parts are written on the workers' machines and sent as they are whole."""
     arguments = {"trouble": "dies", "marker": str(tmp_path / "marker")}
-    report = process_parts(Doubler, arguments, parts, tmp_path / "out", RaySection(num_workers=2))
+    place = f"file://{tmp_path}/out"
+    report = process_parts(Doubler, arguments, parts, place, RaySection(num_workers=2))
     assert (tmp_path / "marker").exists()
-    _check_results(tmp_path / "out", parts, report)
+    _check_results(place, parts, report)
+    assert not list(open_folder(place).path.iterdir())
 
 
 @pytest.mark.ray
@@ -77,23 +79,19 @@ def test_a_worker_that_dies_costs_nothing(tmp_path: Path, parts: list[Part]) -> 
 def test_a_failed_attempt_goes_on_with_what_is_missing(tmp_path: Path, parts: list[Part]) -> None:
     out, arguments = tmp_path / "out", {"trouble": "fails", "marker": str(tmp_path / "marker")}
     with pytest.raises(Exception, match="a row that does not fit"):
-        process_parts(Doubler, arguments, parts, out, RaySection())
+        process_parts(Doubler, arguments, parts, str(out), RaySection())
     before = {file: file.stat().st_mtime_ns for file in out.glob("part-*.parquet")}
     assert 0 < len(before) < len(parts)
-    (out / f".{part_paths(out, 8)[7].name}.host-1.tmp").write_text(
-        "half of a part, from a machine that went down"
-    )
-    report = process_parts(Doubler, arguments, parts, out, RaySection())
-    _check_results(out, parts, report)
+    (out / ".part-00007.parquet.host-1.tmp").write_text("half of a part, from a machine that went down")
+    report = process_parts(Doubler, arguments, parts, str(out), RaySection())
+    _check_results(str(out), parts, report)
     assert all(file.stat().st_mtime_ns == time for file, time in before.items())
-    finished = process_parts(
-        Doubler, arguments, parts, out, RaySection(num_workers=99)
-    )  # nothing left to place
-    _check_results(out, parts, finished)
+    nothing_to_place = RaySection(num_workers=99)
+    _check_results(str(out), parts, process_parts(Doubler, arguments, parts, str(out), nothing_to_place))
 
 
 @pytest.mark.ray
 @pytest.mark.usefixtures("ray_cluster")
 def test_workers_that_cannot_be_placed_are_refused(tmp_path: Path, parts: list[Part]) -> None:
     with pytest.raises(PlacementError, match=r"needs 99 worker\(s\)"):
-        process_parts(Doubler, {}, parts, tmp_path / "out", RaySection(num_workers=99))
+        process_parts(Doubler, {}, parts, str(tmp_path / "out"), RaySection(num_workers=99))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -34,7 +35,9 @@ def _runs(rank: int, root: str, stage: int) -> None:
     zero = f"deepspeed.zero_stage={stage}"
     _train(root, "whole", zero)
     _train(root, "first", zero, "train.stop_at=4")
-    start = f"train.start_from={root}/first/checkpoints/step-00000004"
+    scheme = "file://" if stage == 3 else ""
+    os.environ["EAGLERAY_WORK_DIR"] = f"{root}/work"
+    start = f"train.start_from={scheme}{root}/first/checkpoints/step-00000004"
     _train(root, "rest", zero, start)
     _train(root, "one", zero, start, "train.stop_at=5")
     faster = [zero, f"optim.lr={0.01 * FACTOR}", "optim.betas=[0.9, 0.999]"]
@@ -64,6 +67,7 @@ def test_a_run_goes_on_from_the_checkpoint_of_another(tmp_path: Path, stage: int
     AdamW's update is the rate times a function of the moments and the gradient, which are the same.
     """
     run_workers(_runs, 1, str(tmp_path), stage)
+    assert not list((tmp_path / "work").rglob("*states.pt"))  # copies from a URI are gone
     whole = _records(tmp_path / "whole")
     assert [r["step"] for r in _records(tmp_path / "first")] == [1, 2, 3, 4, 4]
     assert _records(tmp_path / "first") + _records(tmp_path / "rest") == whole

@@ -18,7 +18,7 @@ SPACE = Space("toy", {"optim.lr": {"grid_search": [1, 2, 3]}}, "accuracy", "max"
 def result(value: object, accuracy: float | None, status: TrialStatus = "finished") -> PointResult:
     records = [] if accuracy is None else [{"step": 1, "accuracy": accuracy}, {"step": 2, "accuracy": None}]
     point = {"optim.lr": value}
-    trial = TrialRecord("0001", Path("0001"), point, 0, status, records, None, None)
+    trial = TrialRecord("0001", "0001", point, 0, status, records, None, None)
     metrics = {} if accuracy is None else {"accuracy": accuracy, "ece": 0.1}
     return PointResult(point, [trial], metrics, interval=0.1)
 

@@ -45,7 +45,7 @@ def trial(
     records = [evaluation(10 * (i + 1), accuracy) for i, accuracy in enumerate(accuracies)]
     kept = kept_evaluation(records, "accuracy", "max", keep="best")
     point = {"loss.smoothing": smoothing, "loss.kind": "two_way"}
-    return TrialRecord(name, Path("trials") / name, point, seed, status, records, kept, error)
+    return TrialRecord(name, f"trials/{name}", point, seed, status, records, kept, error)
 
 
 @pytest.mark.parametrize(
@@ -75,7 +75,7 @@ def make_run(path: Path, *, ends: Literal["well", "badly", "killed"]) -> TrialOu
     if ends == "killed":
         attempts = run.read_manifest()["attempts"]
         run.update_manifest(status="running", attempts=[{**attempts[0], "status": "running"}])
-    return TrialOutcome("0001", path, {"loss.smoothing": 0.1, "loss.kind": "two_way", SEED_KEY: 3}, None)
+    return TrialOutcome("0001", str(path), {"loss.smoothing": 0.1, "loss.kind": "two_way", SEED_KEY: 3}, None)
 
 
 def test_a_finished_trial(tmp_path: Path) -> None:
@@ -102,13 +102,15 @@ def test_a_trial_that_the_scheduler_stopped_is_recorded_so(
 
 def test_a_failed_trial_tells_the_reason_in_its_manifest(tmp_path: Path) -> None:
     outcome = make_run(tmp_path / "0001", ends="badly")
-    failed = TrialOutcome(outcome.name, outcome.path, outcome.point, "TaskError: a wrapper")
+    failed = TrialOutcome(outcome.name, outcome.place, outcome.point, "TaskError: a wrapper")
     read = read_trial(failed, SPACE, keep="best")
     assert (read.status, read.error) == ("failed", "ValueError: bad data")
 
 
 def test_a_trial_that_never_began_tells_what_tune_saw(tmp_path: Path) -> None:
-    outcome = TrialOutcome("0001", tmp_path / "0001", {"loss.smoothing": 0.1, SEED_KEY: 0}, "worker died")
+    outcome = TrialOutcome(
+        "0001", str(tmp_path / "0001"), {"loss.smoothing": 0.1, SEED_KEY: 0}, "worker died"
+    )
     read = read_trial(outcome, SPACE, keep="best")
     assert (read.status, read.error, read.kept) == ("failed", "worker died", None)
 
@@ -191,7 +193,7 @@ def test_a_metric_that_nobody_evaluates() -> None:
     space = Space("toy", SPACE.domains, "f1", "max")
     record = trial("0001", 0.0, 0.5)
     without = TrialRecord(
-        *[getattr(record, name) for name in ("name", "path", "point", "seed", "status")],
+        *[getattr(record, name) for name in ("name", "place", "point", "seed", "status")],
         evaluations=record.evaluations,
         kept=None,
         error=None,
