@@ -155,8 +155,8 @@ class Soak:
             if answer.status_code in (429, 503):
                 if not repeat:
                     return
-                pause_s = float(answer.headers.get("retry-after", 1)) * min(2**attempt, 64)
-                await asyncio.sleep(pause_s * self.random.uniform(1, 2))
+                asked_for_s = float(answer.headers.get("retry-after", 1))
+                await asyncio.sleep(asked_for_s + min(2**attempt, 64) * self.random.uniform(0.5, 1.5))
                 continue
             if answer.status_code != 200:
                 part.lost.append(str(answer.status_code))

@@ -41,7 +41,7 @@ def test_evaluations_of_a_run(train: TrainSection, expected: int | None) -> None
 
 def draw(plan: SweepPlan, count: int) -> list[tuple[float, int]]:
     """Learning rate and seed of the first trials, as Tune draws them."""
-    search = tuning._search_options(plan, 4, Path())["search_alg"]
+    search = tuning._search_options(plan, 4, "nowhere")["search_alg"]
     param_space = tuning._param_space(plan)
     search.add_configurations(
         [Experiment("toy", lambda _: None, config=param_space, num_samples=plan.samples)]
@@ -117,23 +117,23 @@ def leave_trial(run_dir: Path, *, status: str = "running", checkpoint: int | Non
 
 def test_a_resumed_trial_tells_what_it_had_evaluated_up_to_where_it_goes_on(tmp_path: Path) -> None:
     """Schedulers count evaluations; those after the checkpoint will be done again."""
-    assert tuning._earlier_evaluations(tmp_path / "new") == []
+    assert tuning._earlier_evaluations(f"{tmp_path}/new") == []
     leave_trial(tmp_path / "half", checkpoint=8)
-    assert tuning._earlier_evaluations(tmp_path / "half") == [
+    assert tuning._earlier_evaluations(f"{tmp_path}/half") == [
         {"step": 4, "accuracy": 0.04},
         {"step": 8, "accuracy": 0.08},
     ]
-    assert not tuning._ended(tmp_path / "half")
+    assert not tuning._ended(f"{tmp_path}/half")
 
 
 @pytest.mark.parametrize("stopped", [False, True])
 def test_a_trial_that_ended_tells_all_and_is_left_alone(tmp_path: Path, stopped: bool) -> None:
     leave_trial(tmp_path / "0001", status="running" if stopped else "finished")
     if stopped:
-        watcher = tuning._Watcher(space({}), SimpleNamespace(), tmp_path)  # pyright: ignore[reportArgumentType]
+        watcher = tuning._Watcher(space({}), SimpleNamespace(), str(tmp_path))  # pyright: ignore[reportArgumentType]
         watcher.on_trial_complete(1, [], "0001")  # pyright: ignore[reportArgumentType]
-    assert tuning._ended(tmp_path / "0001")
-    assert [record["step"] for record in tuning._earlier_evaluations(tmp_path / "0001")] == [4, 8, 12]
+    assert tuning._ended(f"{tmp_path}/0001")
+    assert [record["step"] for record in tuning._earlier_evaluations(f"{tmp_path}/0001")] == [4, 8, 12]
 
 
 def test_optuna_is_given_the_points_that_it_had_chosen(tmp_path: Path) -> None:
@@ -141,10 +141,10 @@ def test_optuna_is_given_the_points_that_it_had_chosen(tmp_path: Path) -> None:
     plan = SweepPlan(
         print, TrainingConfig, {}, space({"optim.lr": tune.uniform(0, 1)}), "optuna", "none", 4, (0,)
     )
-    assert tuning._earlier_points(plan, tmp_path) == []
+    assert tuning._earlier_points(plan, str(tmp_path)) == []
     for name, rate in (("0001", 0.25), ("0003", 0.75)):
         (tmp_path / name).mkdir()
         (tmp_path / name / "config.yaml").write_text(f"optim: {{lr: {rate}}}")
-    points = tuning._earlier_points(plan, tmp_path)
+    points = tuning._earlier_points(plan, str(tmp_path))
     assert [point["optim.lr"] for point in points[::2]] == [0.25, 0.75]
     assert len(points) == 3 and 0 < points[1]["optim.lr"] < 1
