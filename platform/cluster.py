@@ -59,9 +59,11 @@ def connected(section: RaySection, *, dashboard: bool = False) -> Iterator[None]
 
 
 def driver_is_gone() -> bool:
-    """Whether the driver of this process's job has ended; Ray then ends all processes of the job, in no order."""
-    here = ray.get_runtime_context().get_job_id()
-    return any(job["JobID"] == here and job["IsDead"] for job in jobs())
+    """In an actor: whether its job's driver has ended; Ray then ends all processes of the job, in no order."""
+    here = ray.get_runtime_context()
+    if here.get_actor_id() is None:  # the driver itself, which may have lost whom it would ask
+        return False
+    return any(job["JobID"] == here.get_job_id() and job["IsDead"] for job in jobs())
 
 
 def wants_gpu(section: RaySection) -> bool:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import shutil
 import signal
@@ -21,7 +20,8 @@ from eagleray.platform.cluster import (
     worker_nodes,
 )
 from eagleray.platform.progress import training_progress
-from eagleray.platform.runs import MANIFEST_FILE, RunFolder, RunInterrupted
+from eagleray.platform.remote import open_folder
+from eagleray.platform.runs import RunFolder, RunInterrupted, manifest_at
 from eagleray.platform.sections import RaySection, TrainingConfig
 from eagleray.platform.stopping import SignalStop, withdraw_stop
 from eagleray.platform.task import Task
@@ -92,9 +92,8 @@ def _prepare_data(run: RunFolder, prepare: Callable[[RunFolder], None], data_of:
     if data_of is None:
         prepare(run)
         return
-    other = RunFolder(data_of)
-    other.folder.copy_to("data", run.data)
-    run.update_manifest(data_hashes=json.loads(other.folder.read_text(MANIFEST_FILE))["data_hashes"])
+    open_folder(data_of).copy_to("data", run.data)
+    run.update_manifest(data_hashes=manifest_at(data_of)["data_hashes"])
 
 
 def _fit(

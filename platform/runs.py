@@ -6,6 +6,7 @@ with the config it was started with: silently going on with another one is how r
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import secrets
@@ -76,6 +77,20 @@ class RunInterrupted(KeyboardInterrupt):
         super().__init__(f"interrupted: {place}")
         self.place = str(place)
         self.signal = number
+
+
+def manifest_at(place: str) -> dict[str, Any]:
+    """Manifest of a run, at a path or URI, as all nodes see it; empty if there is none.
+
+    Raises:
+        DamagedFileError: It is no JSON.
+    """
+    try:
+        return json.loads(open_folder(place).read_text(MANIFEST_FILE))
+    except FileNotFoundError:
+        return {}
+    except ValueError as error:
+        raise storage.DamagedFileError(f"{place}/{MANIFEST_FILE} is damaged: {error}") from None
 
 
 class RunFolder:

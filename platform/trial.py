@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import time
 from collections.abc import Mapping
@@ -12,7 +11,7 @@ from typing import Any
 
 from eagleray.platform import storage
 from eagleray.platform.remote import open_folder
-from eagleray.platform.runs import MANIFEST_FILE, RunFolder
+from eagleray.platform.runs import RunFolder, manifest_at
 from eagleray.platform.space import SweepPlan, trial_config
 
 
@@ -47,10 +46,7 @@ def start_trial(
 
 def is_finished(place: str) -> bool:
     """Whether the trial in a run folder came to its end by itself."""
-    try:
-        return json.loads(open_folder(place).read_text(MANIFEST_FILE))["status"] == "finished"
-    except FileNotFoundError:
-        return False
+    return manifest_at(place).get("status") == "finished"
 
 
 def wait_until_ended(place: str, timeout_s: float = 10.0) -> None:

@@ -205,7 +205,8 @@ def _earlier_points(plan: SweepPlan, trials: str) -> list[dict[str, Any]]:
     A trial that was killed before it had written its config is given a new random point.
     """
     points = []
-    for number in range(1, max(map(int, open_folder(trials).names()), default=0) + 1):
+    numbers = [int(name) for name in open_folder(trials).names() if name.isdigit()]
+    for number in range(1, max(numbers, default=0) + 1):
         values = {}
         with contextlib.suppress(FileNotFoundError):
             text = open_folder(f"{trials}/{_name(number)}").read_text(CONFIG_FILE)

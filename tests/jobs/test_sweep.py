@@ -173,6 +173,16 @@ def test_trials_keep_the_model_by_the_first_objective(tmp_path: Path) -> None:
     assert sweep._plan(config("train.keep_model=last", objectives=["nll:min"])).train.metric is None
 
 
+def test_trials_that_share_recorded_files_need_a_path(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("EAGLERAY_WORK_DIR", str(tmp_path / "work"))
+    cfg = sweep_config("optim", ROOT / "configs/lisa/train_tiny.yaml", [f"run.dir=file://{tmp_path}/run"])
+    with pytest.raises(ConfigError, match="written by several processes, which need a path"):
+        sweep.main(cfg)
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_population_needs_a_known_end(tmp_path: Path) -> None:
     options: dict[str, Any] = {"scheduler": "pbt", "num_samples": 4}
     assert "needs `train.max_steps`" in refused(config("train.max_steps=null", **options), tmp_path)

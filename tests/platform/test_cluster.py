@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+import time
+
 import pytest
 import ray
 
-from eagleray.platform.cluster import PlacementError, check_placement, describe_needs
+from eagleray.platform.cluster import PlacementError, check_placement, describe_needs, driver_is_gone
 from eagleray.platform.sections import RaySection
 
 
@@ -40,3 +44,40 @@ def test_how_many_runs_fit(
 
 def test_needs_are_told_with_gpus() -> None:
     assert describe_needs(RaySection(num_workers=2, use_gpu=True)) == "2 worker(s) x 1 CPU + 1 GPU"
+
+
+_DRIVER = """
+import sys, ray
+from eagleray.platform.cluster import driver_is_gone
+
+class Actor:
+    def ask(self):
+        return driver_is_gone()
+
+ray.init(address=sys.argv[1], namespace="gone")
+actor = ray.remote(num_cpus=0)(Actor).options(name="asked", lifetime="detached").remote()
+print(ray.get(actor.ask.remote()), flush=True)
+sys.stdin.read()
+"""
+
+
+@pytest.mark.ray
+@pytest.mark.usefixtures("ray_cluster")
+def test_an_actor_knows_that_its_driver_was_killed() -> None:
+    """A detached one lives on to tell."""
+    address = ray.get_runtime_context().gcs_address
+    with subprocess.Popen(
+        [sys.executable, "-c", _DRIVER, address], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as driver:
+        assert driver.stdout is not None
+        assert driver.stdout.readline().strip() == "False"
+        driver.kill()
+    actor = ray.get_actor("asked", namespace="gone")
+    try:
+        deadline = time.monotonic() + 60
+        while not (gone := ray.get(actor.ask.remote())) and time.monotonic() < deadline:
+            time.sleep(0.1)
+        assert gone
+    finally:
+        ray.kill(actor)
+    assert not driver_is_gone()

@@ -160,6 +160,22 @@ def test_an_attempt_that_left_nothing_may_be_corrected(tmp_path: Path) -> None:
     assert len(again.read_manifest()["attempts"]) == 2
 
 
+@pytest.mark.parametrize(
+    ("scheme", "part"),
+    [("", "candidates"), ("", "scores"), ("", "trials"), ("file://", "scores"), ("file://", "trials")],
+)
+def test_parts_of_an_attempt_are_not_mixed_with_those_of_another_config(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, scheme: str, part: str
+) -> None:
+    monkeypatch.setenv("EAGLERAY_WORK_DIR", str(tmp_path / "work"))
+    place = f"{scheme}{tmp_path / 'run'}"
+    RunFolder.create(JOB, config(place, "optim.lr=1")).close()  # type: ignore[arg-type]
+    (tmp_path / "run" / part).mkdir()
+    (tmp_path / "run" / part / "0001").touch()
+    with pytest.raises(ConfigError, match=r"another config:\n  - optim.lr: 1"):
+        RunFolder.create(JOB, config(place, "optim.lr=2"))  # type: ignore[arg-type]
+
+
 def test_an_edited_config_file_does_not_fool_the_guard(tmp_path: Path) -> None:
     crash(tmp_path / "run")
     path = tmp_path / "run/config.yaml"

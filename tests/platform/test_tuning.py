@@ -145,6 +145,7 @@ def test_optuna_is_given_the_points_that_it_had_chosen(tmp_path: Path) -> None:
     for name, rate in (("0001", 0.25), ("0003", 0.75)):
         (tmp_path / name).mkdir()
         (tmp_path / name / "config.yaml").write_text(f"optim: {{lr: {rate}}}")
+    (tmp_path / ".DS_Store").touch()  # whatever else lies there
     points = tuning._earlier_points(plan, str(tmp_path))
     assert [point["optim.lr"] for point in points[::2]] == [0.25, 0.75]
     assert len(points) == 3 and 0 < points[1]["optim.lr"] < 1

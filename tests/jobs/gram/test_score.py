@@ -24,7 +24,7 @@ def _config(folder: Path, **pairs: Any) -> score.Config:
         "scorer": {"kind": "judge", "path": str(folder / "model"), "options": {"template": "short"}},
         "pairs": {"sources": [{"path": str(folder / "pairs.jsonl")}], **pairs},
         "rows_per_part": 10,
-        "run": {"dir": str(folder / "run")},
+        "run": {"dir": f"file://{folder}/run"},
     }
     return validate_config(score.Config, values, "test")
 
@@ -32,6 +32,7 @@ def _config(folder: Path, **pairs: Any) -> score.Config:
 @pytest.mark.ray
 @pytest.mark.usefixtures("ray_cluster")
 def test_scores_are_those_of_the_judge(tmp_path: Path) -> None:
+    """At a URI, where parts are sent by the workers."""
     tiny_model().save_pretrained(tmp_path / "model")
     tiny_tokenizer().save_pretrained(tmp_path / "model")
     rows: list[dict[str, Any]] = list(make_preferences(24, 0, split="test"))
