@@ -43,7 +43,7 @@ test: $(READY)
 	$(PYTHON) -m pytest -n 2 --dist loadfile
 
 soak: $(READY)
-	$(PYTHON) -m pytest -m soak
+	$(PYTHON) -m pytest -m soak -o faulthandler_timeout=3600
 	PYTHONPATH=.:tests $(PYTHON) -m soak $(if $(KILLS),--kills $(KILLS)) $(if $(SEED),--seed $(SEED))
 	PYTHONPATH=.:tests $(PYTHON) -m serve_soak $(if $(MINUTES),--minutes $(MINUTES)) $(if $(SEED),--seed $(SEED))
 

@@ -1,8 +1,8 @@
 """Logits of the two preference labels, computed where they are needed and nowhere else.
 
-The judge reads one position and two vocabulary rows of a prompt. `label_logits` computes just these, with
-gradients, so the same function serves training and evaluation; `label_logits_shared` computes a prefix that
-many prompts have in common once and keeps its keys and values.
+The judge reads one position and two vocabulary rows of a prompt. `label_logits` computes just these, and in the last
+layer that position alone, with gradients, so the same function serves training and evaluation; `label_logits_shared`
+computes a prefix that many prompts have in common once and keeps its keys and values.
 
 Shapes: B prompts, T tokens, V vocabulary, D width.
 """
@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, Literal
 
 import torch
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
+from eagleray.models.backbone.last_layer import last_layer_at
 from eagleray.models.gram.batching import Ids, pad_right, token_batches
 
 LabelSpace = Literal["two_way", "full_vocab"]
@@ -56,7 +57,7 @@ def label_logits(
     last_B1 = (mask_BT * torch.arange(mask_BT.shape[1], device=mask_BT.device)).argmax(1, keepdim=True)
     inputs = position_arguments(mask_BT)
     return _last_logits(
-        model, label_ids, label_space, input_ids=input_ids_BT, logits_to_keep=last_B1, **inputs
+        model, label_ids, label_space, last_B1, mask_BT=mask_BT, input_ids=input_ids_BT, **inputs
     )
 
 
@@ -87,7 +88,8 @@ def label_logits_shared(
         )
     device = model_device(model)
     prefix_1T = torch.tensor([list(prefix)], device=device)
-    with _label_rows_only(model, label_ids):
+    end_1 = torch.tensor([len(prefix) - 1], device=device)
+    with _label_rows_only(model, label_ids), last_layer_at(model, end_1):
         prefix_cache = model(
             input_ids=prefix_1T, past_key_values=_empty_cache(model), use_cache=True, logits_to_keep=1
         ).past_key_values
@@ -101,8 +103,8 @@ def label_logits_shared(
             model,
             label_ids,
             "two_way",
+            last_B1.to(device),
             input_ids=ids_BT.to(device),
-            logits_to_keep=last_B1.to(device),
             past_key_values=_repeated(prefix_cache, len(batch)),
             use_cache=True,
         )
@@ -142,18 +144,23 @@ def position_arguments(attention_mask_BT: Tensor) -> dict[str, Any]:
 
 
 def _last_logits(
-    model: nn.Module, label_ids: tuple[int, int], label_space: LabelSpace, **inputs: Any
+    model: nn.Module,
+    label_ids: tuple[int, int],
+    label_space: LabelSpace,
+    last_B1: Tensor,
+    *,
+    mask_BT: Tensor | None = None,
+    **inputs: Any,
 ) -> Tensor:
-    if label_space == "full_vocab":
-        logits_B1K = model(**inputs).logits
-    elif label_space == "two_way":
-        with _label_rows_only(model, label_ids) as narrowed:
-            logits_B1K = model(**inputs).logits
-        if not narrowed:
-            logits_B1K = logits_B1K[..., list(label_ids)]
-    else:
+    if label_space not in ("two_way", "full_vocab"):
         raise ValueError(f"`label_space` is {label_space!r}; it must be 'two_way' or 'full_vocab'.")
-    if logits_B1K.shape[:2] != inputs["logits_to_keep"].shape:
+    two_way = label_space == "two_way"
+    rows = _label_rows_only(model, label_ids) if two_way else nullcontext(True)
+    with rows as narrowed, last_layer_at(model, last_B1[:, 0], mask_BT) as at_last:
+        logits_B1K = model(**inputs, logits_to_keep=1 if at_last else last_B1).logits
+    if not narrowed:
+        logits_B1K = logits_B1K[..., list(label_ids)]
+    if logits_B1K.shape[:2] != last_B1.shape:
         raise ValueError(_IGNORES_POSITIONS.format(type(model).__name__, tuple(logits_B1K.shape)))
     return logits_B1K[:, 0].to(torch.promote_types(logits_B1K.dtype, torch.float32))
 

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from eagleray.models.backbone.last_layer import last_layer_at
 from eagleray.models.gram.scoring import position_arguments
 
 HEAD_FILE = "lrhp_head.safetensors"
@@ -79,12 +80,14 @@ class PairModel(nn.Module):
         # The id may lie beyond the matrix; id 0 stands in and is replaced. Not in place: hooks may need the output.
         embeds_BTD = self.backbone.get_input_embeddings()(input_ids_BT.masked_fill(at_token_BT, 0))
         row_D = self.preference_row.to(embeds_BTD.dtype)
-        states_BTD = self.backbone(
-            inputs_embeds=torch.where(at_token_BT[..., None], row_D, embeds_BTD),
-            **position_arguments(attention_mask_BT),
-        ).last_hidden_state
+        read_B = index_B if self.pool == "at_token" else index_B - 1
+        with last_layer_at(self.backbone, read_B, attention_mask_BT) as at_last:
+            states_BTD = self.backbone(
+                inputs_embeds=torch.where(at_token_BT[..., None], row_D, embeds_BTD),
+                **position_arguments(attention_mask_BT),
+            ).last_hidden_state
         rows_B = torch.arange(len(index_B), device=index_B.device)
-        h_BD = states_BTD[rows_B, index_B if self.pool == "at_token" else index_B - 1]
+        h_BD = states_BTD[:, 0] if at_last else states_BTD[rows_B, read_B]
         h_BD = h_BD.to(torch.promote_types(h_BD.dtype, torch.float32))
         return h_BD, self.head(h_BD)[:, 0]
 

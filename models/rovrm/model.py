@@ -23,6 +23,7 @@ from huggingface_hub import save_torch_state_dict
 from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
+from eagleray.models.backbone.last_layer import last_layer_at
 from eagleray.models.rovrm.families import Part, family_of
 
 Phase = Literal[1, 2, 3]
@@ -78,13 +79,15 @@ class VisualRewardModel(nn.Module):
             assert image_index_B is not None
             further, unused = self._see(input_ids_BT, image_index_B, pixels)
         mask_BT = attention_mask_BT.long()
-        hidden_BTD = self.model(
-            input_ids=input_ids_BT, attention_mask=mask_BT, use_cache=False, **further
-        ).last_hidden_state
         positions_T = torch.arange(mask_BT.shape[1], device=mask_BT.device)
         last_B = (mask_BT * positions_T).argmax(1)
+        with last_layer_at(self.model, last_B, mask_BT) as at_last:
+            hidden_BTD = self.model(
+                input_ids=input_ids_BT, attention_mask=mask_BT, use_cache=False, **further
+            ).last_hidden_state
         rows_B = torch.arange(len(last_B), device=last_B.device)
-        rewards_B = self.v_head(hidden_BTD[rows_B, last_B])[:, 0].float()
+        read_BD = hidden_BTD[:, 0] if at_last else hidden_BTD[rows_B, last_B]
+        rewards_B = self.v_head(read_BD)[:, 0].float()
         return rewards_B if unused is None else rewards_B + 0.0 * unused
 
     def train_parts(self, phase: Phase, *, train_vision_tower: bool = False) -> list[str]:

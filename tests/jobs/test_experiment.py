@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +70,26 @@ def test_from_a_file_to_a_report_and_again(
     caplog.clear()
     assert _run(folder / "config.yaml") == 0
     assert "all 2 stages are done" in caplog.text and capsys.readouterr().out == table
+
+
+@pytest.mark.soak
+@pytest.mark.ray
+@pytest.mark.parametrize(
+    "path", [path for path in EXPERIMENTS if path.stem.endswith("_tiny")], ids=lambda path: path.stem
+)
+def test_tiny_experiments_end_in_a_whole_table(
+    path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Every line has a number, and given again there is nothing to do."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "configs").symlink_to(ROOT / "configs")
+    assert _run(path) == 0
+    report = json.loads((tmp_path / "runs" / "experiments" / path.stem / "report.json").read_text())
+    assert {stage["status"] for stage in report["stages"].values()} == {"finished"}
+    assert report["results"] and all(math.isfinite(row["value"]) for row in report["results"])
+    caplog.clear()
+    assert _run(path) == 0
+    assert f"all {len(report['stages'])} stages are done" in caplog.text
 
 
 def test_dry_run_tells_the_graph_and_starts_nothing(

@@ -60,7 +60,7 @@ def test_exact_in_float64_and_float32_for_bfloat16() -> None:
     assert label_logits(tiny_model().bfloat16(), ids, mask, LABELS).dtype == torch.float32
 
 
-def test_scaling_of_logits_by_the_model_is_kept() -> None:
+def tiny_gemma() -> PreTrainedModel:
     """Gemma 2 caps its logits with a tanh after the head."""
     torch.manual_seed(0)
     config = Gemma2Config(
@@ -68,7 +68,11 @@ def test_scaling_of_logits_by_the_model_is_kept() -> None:
         num_key_value_heads=2, head_dim=8, initializer_range=0.3, final_logit_softcapping=1.0,
         attn_implementation="eager",
     )  # fmt: skip
-    model, rows = Gemma2ForCausalLM(config).eval(), sequences()
+    return Gemma2ForCausalLM(config).eval()
+
+
+def test_scaling_of_logits_by_the_model_is_kept() -> None:
+    model, rows = tiny_gemma(), sequences()
     logits = label_logits(model, *pad_right(rows), LABELS)
     assert logits.abs().max() <= 1.0
     torch.testing.assert_close(logits, one_by_one(model, rows)[:, list(LABELS)], atol=1e-5, rtol=0)
@@ -187,7 +191,7 @@ def test_errors() -> None:
     with pytest.raises(ValueError, match="`label_space` is 'both'; it must be 'two_way' or 'full_vocab'"):
         label_logits(tiny_model(), ids, mask, LABELS, label_space="both")  # type: ignore[arg-type]
 
-    model = tiny_model()
+    model = tiny_gemma()
     forward = model.forward
     model.forward = lambda logits_to_keep, **inputs: forward(**inputs)  # type: ignore[method-assign]
     with pytest.raises(ValueError, match="does not honour `logits_to_keep`"):
