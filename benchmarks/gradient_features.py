@@ -48,7 +48,7 @@ def build_side(*, size: Size) -> Callable[[str], Any]:
     from eagleray.models.rovrm.features import FeatureSettings, Featuriser, VisualBody
     from eagleray.models.rovrm.losses import plackett_luce_loss
     from eagleray.models.rovrm.scoring import VisualScorer
-    from eagleray.models.rovrm.scratch import add_image_token, build_llava
+    from eagleray.models.rovrm.scratch import add_image_token, build_llava, llava_config
     from eagleray.models.rovrm.templates import VisualTemplate
     from eagleray.models.selection.projection import RandomProjection
 
@@ -57,7 +57,7 @@ def build_side(*, size: Size) -> Callable[[str], Any]:
     text = llama_config(
         vocab_size=len(words.tokenizer), width=size.width, layers=size.layers, heads=size.heads
     )
-    model = build_llava(text, image_token_id=image_id, image_size=32, patch_size=16)
+    model = build_llava(llava_config(text, image_token_id=image_id, image_size=32, patch_size=16))
     encoder = VisualEncoder(words.tokenizer, None, model.family, VisualTemplate.named("llava", system=""))
     settings = FeatureSettings("lora_grad", rank=size.rank, width=size.projection)
     featuriser = Featuriser(VisualBody(VisualScorer(model, encoder)), settings, max_batch_tokens=4096)

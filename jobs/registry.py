@@ -36,6 +36,7 @@ JOBS = {
     "nast.evaluate": "eagleray.jobs.nast.evaluate",
     "nast.distill": "eagleray.jobs.nast.distill",
     "nast.text": "eagleray.jobs.nast.text",
+    "rovrm.pretrain": "eagleray.jobs.rovrm.pretrain",
     "rovrm.train": "eagleray.jobs.rovrm.train",
     "rovrm.evaluate": "eagleray.jobs.rovrm.evaluate",
     "rovrm.hallucination": "eagleray.jobs.rovrm.hallucination",

@@ -21,7 +21,7 @@ from eagleray.models.backbone.model import llama_config
 from eagleray.models.backbone.tokenizer import train_tokenizer
 from eagleray.models.rovrm.encoding import VisualEncoder
 from eagleray.models.rovrm.model import VisualRewardModel
-from eagleray.models.rovrm.scratch import add_image_token, build_llava, image_processor
+from eagleray.models.rovrm.scratch import add_image_token, build_llava, image_processor, llava_config
 from eagleray.models.rovrm.synthetic import draw
 from eagleray.models.rovrm.templates import VisualTemplate
 
@@ -57,9 +57,10 @@ def tiny_llava(*, max_length: int = 256, seed: int = 0) -> tuple[VisualRewardMod
     made = tokenizer()
     image_id = add_image_token(made)
     text = llama_config(vocab_size=len(made), width=32, layers=2, heads=4, pad_id=made.pad_token_id)
-    model = build_llava(
-        text, image_token_id=image_id, image_size=32, patch_size=16, width=32, layers=2, heads=4, seed=seed
+    config = llava_config(
+        text, image_token_id=image_id, image_size=32, patch_size=16, width=32, layers=2, heads=4
     )
+    model = build_llava(config, seed=seed)
     return _lively(model, seed), VisualEncoder(
         made, image_processor(32), model.family, VisualTemplate.named("llava"), max_length=max_length
     )

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import Field, model_validator
-from transformers import AutoModel
+from transformers import AutoModel, LlavaConfig
 
 from eagleray.jobs.backbone.start import BackboneSection
 from eagleray.models.backbone.tokenizer import train_tokenizer
@@ -22,7 +22,7 @@ from eagleray.models.rovrm.checkpoint import (
 )
 from eagleray.models.rovrm.encoding import VisualEncoder
 from eagleray.models.rovrm.model import VisualRewardModel
-from eagleray.models.rovrm.scratch import Tower, add_image_token, build_llava, image_processor
+from eagleray.models.rovrm.scratch import Tower, add_image_token, build_llava, image_processor, llava_config
 from eagleray.models.rovrm.templates import VisualTemplate
 from eagleray.platform.config import Config as Section
 from eagleray.platform.pretrained import load_pretrained
@@ -61,14 +61,12 @@ class LlavaSection(BackboneSection):
     vision_heads: int = Field(default=4, ge=1)
     """Attention heads of a `clip` tower; must divide `vision_width`."""
 
-    def write(
-        self, folder: Path, texts: Iterable[str], template: VisualTemplate, *, seed: int, max_length: int
-    ) -> None:
-        """A whole reward model, with a tokenizer trained on `texts`."""
+    def parts(self, texts: Iterable[str], template: VisualTemplate) -> tuple[LlavaConfig, Any, Any]:
+        """Configuration, tokenizer (trained on `texts`) and image processor of the model."""
         words = [*texts, template.system, "USER: ASSISTANT: Image description: Question: "]
         tokenizer: Any = train_tokenizer(words, vocab_size=self.vocab_size, max_length=self.max_length)
         image_id = add_image_token(tokenizer)
-        model = build_llava(
+        config = llava_config(
             self.config_for(tokenizer),
             image_token_id=image_id,
             tower=self.tower,
@@ -78,9 +76,15 @@ class LlavaSection(BackboneSection):
             width=self.vision_width,
             layers=self.vision_layers,
             heads=self.vision_heads,
-            seed=seed,
         )
-        processor = image_processor(self.image_size, self.image_width)
+        return config, tokenizer, image_processor(self.image_size, self.image_width)
+
+    def write(
+        self, folder: Path, texts: Iterable[str], template: VisualTemplate, *, seed: int, max_length: int
+    ) -> None:
+        """A whole reward model."""
+        config, tokenizer, processor = self.parts(texts, template)
+        model = build_llava(config, seed=seed)
         encoder = VisualEncoder(tokenizer, processor, model.family, template, max_length=max_length)
         save_reward_model(model, encoder, folder, lineage=[PhaseRecord(0, None, {}, [], 0)])
 

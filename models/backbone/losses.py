@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 
-def token_losses(model: Any, *, input_ids: Tensor, target_mask: Tensor) -> Tensor:
+def token_losses(model: Any, *, input_ids: Tensor, target_mask: Tensor, **inputs: Tensor) -> Tensor:
     """−log p(u_t | u_<t) of every target token, shape [B, T], 0 where the token is not a target.
 
     Args:
@@ -22,13 +22,14 @@ def token_losses(model: Any, *, input_ids: Tensor, target_mask: Tensor) -> Tenso
         input_ids: [B, T], int64, right-padded: causal attention never looks to the right, so no attention
             mask is needed and the fastest kernel is taken.
         target_mask: [B, T], bool, true where the token is a target; column 0 can't be one.
+        inputs: Further arguments of the model, e.g. `pixel_values`.
 
     The vocabulary projection is the largest matrix product of a small model and its logits the largest
     tensor, so it runs on the N target positions only; log-probabilities are taken in float32 or better.
     """
     predicts_BT = target_mask[:, 1:]
     with head_positions(model, predicts_BT):
-        logits_NV = model(input_ids=input_ids, use_cache=False).logits[0]
+        logits_NV = model(input_ids=input_ids, use_cache=False, **inputs).logits[0]
     logits_NV = logits_NV.to(torch.promote_types(logits_NV.dtype, torch.float32))
     losses_N = F.cross_entropy(logits_NV, input_ids[:, 1:][predicts_BT], reduction="none")
     losses_BT = losses_N.new_zeros(input_ids.shape)

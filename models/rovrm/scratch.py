@@ -14,7 +14,9 @@ from transformers import (
     CLIPVisionConfig,
     LlamaConfig,
     LlavaConfig,
+    LlavaForConditionalGeneration,
     LlavaModel,
+    LlavaProcessor,
     PreTrainedConfig,
     PreTrainedTokenizerFast,
 )
@@ -43,7 +45,7 @@ def image_processor(height: int, width: int | None = None) -> Any:
     )
 
 
-def build_llava(
+def llava_config(
     text: LlamaConfig,
     *,
     image_token_id: int,
@@ -54,9 +56,8 @@ def build_llava(
     width: int = 64,
     layers: int = 2,
     heads: int = 4,
-    seed: int = 0,
-) -> VisualRewardModel:
-    """A reward model with random weights that depend on `seed` alone; the global random state stays as it was.
+) -> LlavaConfig:
+    """Configuration of a small LLaVA.
 
     Args:
         text: The language model.
@@ -68,7 +69,6 @@ def build_llava(
         width: Width of the vision tower.
         layers: Blocks of `clip`. Features are taken from the last one: a small tower has none to spare.
         heads: Attention heads of `clip`; must divide `width`.
-        seed: Of all weights.
 
     Raises:
         ValueError: The sizes do not fit together.
@@ -99,7 +99,7 @@ def build_llava(
             patch_size=patch_size,
             projection_dim=width,
         )
-    config = LlavaConfig(
+    return LlavaConfig(
         vision_config=vision,
         text_config=text,
         image_token_index=image_token_id,
@@ -107,7 +107,33 @@ def build_llava(
         vision_feature_layer=-1,
         # A class token stands before the patches of `clip`, and nothing before those of `conv`.
         vision_feature_select_strategy="default" if tower == "clip" else "full",
+        tie_word_embeddings=text.tie_word_embeddings,
     )
+
+
+def build_llava(config: LlavaConfig, *, seed: int = 0) -> VisualRewardModel:
+    """A reward model with random weights that depend on `seed` alone; the global random state stays as it was."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return VisualRewardModel(LlavaModel(config), seed=seed)
+
+
+def build_captioner(config: LlavaConfig, *, seed: int = 0) -> LlavaForConditionalGeneration:
+    """The same body with a vocabulary head, likewise."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return LlavaForConditionalGeneration(config)
+
+
+def llava_processor(
+    config: LlavaConfig, tokenizer: Any, image_processor: Any, template: str
+) -> LlavaProcessor:
+    """What transformers and trl lay out conversations about pictures with; `template` is the chat template."""
+    return LlavaProcessor(
+        image_processor,
+        tokenizer,
+        patch_size=config.vision_config.patch_size,
+        vision_feature_select_strategy=config.vision_feature_select_strategy,
+        num_additional_image_tokens=int(config.vision_feature_select_strategy == "default"),
+        chat_template=template,
+    )

@@ -6,7 +6,10 @@ give them as `system` in the config.
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, replace
+
+from eagleray.models.rovrm.records import IMAGE_MARKER
 
 _SYSTEM = "A curious human asks and a helpful assistant answers truthfully."
 
@@ -32,6 +35,20 @@ class VisualTemplate:
             raise ValueError(f"There is no template {name!r}; the templates are {', '.join(TEMPLATES)}.")
         template = TEMPLATES[name]
         return template if system is None else replace(template, system=system)
+
+    @property
+    def chat(self) -> str:
+        """The layout `llava` as a chat template of transformers, for a model that writes answers."""
+        picture = json.dumps(f"{IMAGE_MARKER}{self.after_image}")
+        return (
+            "{{ bos_token }}{{ " + json.dumps(self.system) + " }}{% for message in messages %}"
+            "{% if message['role'] == 'user' %} USER: {% else %} ASSISTANT: {% endif %}"
+            "{% if message['content'] is string %}{{ message['content'] }}{% else %}"
+            "{% for part in message['content'] %}"
+            "{{ " + picture + " if part['type'] == 'image' else part['text'] }}{% endfor %}{% endif %}"
+            "{% if message['role'] != 'user' %}{{ eos_token }}{% endif %}{% endfor %}"
+            "{% if add_generation_prompt %} ASSISTANT:{% endif %}"
+        )
 
 
 # Paper: the words `USER:` and `ASSISTANT:` and the order are those of the released code (spec section 3).

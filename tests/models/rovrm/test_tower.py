@@ -13,7 +13,7 @@ from eagleray.models.rovrm.checkpoint import load_encoder, load_reward_model, sa
 from eagleray.models.rovrm.encoding import VisualEncoder
 from eagleray.models.rovrm.model import VisualRewardModel
 from eagleray.models.rovrm.scoring import VisualScorer
-from eagleray.models.rovrm.scratch import add_image_token, build_llava, image_processor
+from eagleray.models.rovrm.scratch import add_image_token, build_llava, image_processor, llava_config
 from eagleray.models.rovrm.templates import VisualTemplate
 from eagleray.models.rovrm.tower import ConvTower, ConvTowerConfig
 
@@ -22,9 +22,10 @@ def _model() -> tuple[VisualRewardModel, VisualEncoder]:
     made = tokenizer()
     image_id = add_image_token(made)
     text = llama_config(vocab_size=len(made), width=32, layers=2, heads=4, pad_id=made.pad_token_id)
-    model = build_llava(
+    config = llava_config(
         text, image_token_id=image_id, tower="conv", image_size=16, image_width=64, patch_size=8, width=32
     )
+    model = build_llava(config)
     return model.eval(), VisualEncoder(
         made, image_processor(16, 64), model.family, VisualTemplate.named("llava"), max_length=256
     )
@@ -79,6 +80,6 @@ def test_sizes_that_do_not_fit_are_refused(sizes: dict[str, object], message: st
     made = tokenizer()
     image_id = add_image_token(made)
     with pytest.raises(ValueError, match=message):
-        build_llava(
+        llava_config(
             llama_config(vocab_size=len(made), width=32, layers=2, heads=4), image_token_id=image_id, **sizes
         )  # type: ignore[arg-type]
