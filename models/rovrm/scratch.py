@@ -129,10 +129,11 @@ def llava_processor(
     config: LlavaConfig, tokenizer: Any, image_processor: Any, template: str
 ) -> LlavaProcessor:
     """What transformers and trl lay out conversations about pictures with; `template` is the chat template."""
+    vision: Any = config.vision_config
     return LlavaProcessor(
         image_processor,
         tokenizer,
-        patch_size=config.vision_config.patch_size,
+        patch_size=vision.patch_size,
         vision_feature_select_strategy=config.vision_feature_select_strategy,
         num_additional_image_tokens=int(config.vision_feature_select_strategy == "default"),
         chat_template=template,
