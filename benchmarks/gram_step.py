@@ -5,7 +5,8 @@
 Compared: forward, backward, clipping and fused AdamW of the same model on the same batch with the same loss
 (`pair_logit_loss`). Ours computes `label_logits`; the other side the ordinary way, `model(...).logits` and then
 the two labels at the last position. Nothing else differs: no padding, no attention mask and no cache on either
-side, so the ratio is the gain of not making the logits, and nothing besides. The first losses must agree.
+side, so the ratio is the gain of computing only what is read: no logits of other positions and words, and in the last
+layer nothing but keys and values of other positions. The first losses must agree.
 
 - `speedup`: steps per second, ours over the other.
 - `memory`: peak resident memory of the process minus that before the model was made, ours over the other; so
@@ -14,7 +15,8 @@ side, so the ratio is the gain of not making the logits, and nothing besides. Th
   holes in glibc's heap come on top (on both sides, and more with every step), are `peak_bytes_with_heap`.
 - `mfu`: model FLOPs of our step over its time times the matmul peak of the same round. Counted: 6 FLOPs for
   each weight of the blocks' linear layers and each position (2 forward, 4 backward), attention at its causal
-  half (T(T+1)/2 scores a head, two products forward, four backward), the two head rows at the label positions.
+  half (T(T+1)/2 scores a head, two products forward, four backward), the two head rows at the label positions. In the
+  last layer all but keys and values counts at the label positions only, as it is computed there only.
   Not counted: norms, rotary code, softmax, embedding look-up, AdamW; nothing is recomputed. The peak is the
   better of square products of two sizes, in a process with as many threads.
 
@@ -55,11 +57,12 @@ QUICK = Size(width=64, layers=2, vocab_size=2000, batch=2, tokens=64)
 
 def step_flops(size: Size, *, mlp_width: int) -> float:
     """Model FLOPs of our step, counted as the module says."""
-    positions = size.batch * size.tokens
-    weights = size.layers * (4 * size.width**2 + 3 * size.width * mlp_width)
-    scores = size.batch * size.layers * size.tokens * (size.tokens + 1) / 2
+    positions, below = size.batch * size.tokens, size.layers - 1
+    key_value, others = 2 * size.width**2, 2 * size.width**2 + 3 * size.width * mlp_width
+    weights = (size.layers * key_value + below * others) * positions + others * size.batch
+    scores = below * size.batch * size.tokens * (size.tokens + 1) / 2 + size.batch * size.tokens
     # Per score and product: 2 x width over all heads; two products forward and four backward.
-    return 6 * weights * positions + 6 * 2 * size.width * scores + 6 * 2 * size.width * size.batch
+    return 6 * weights + 6 * 2 * size.width * scores + 6 * 2 * size.width * size.batch
 
 
 def build_step(*, narrow: bool, size: Size) -> Callable[[], tuple[float, float]]:

@@ -116,25 +116,28 @@ print(resident_bytes("VmHWM") - before)
 
 
 def test_step_flops_by_hand() -> None:
-    """One layer of width 4 and MLP 8, two sequences of three tokens.
+    """Two layers of width 4 and MLP 8, two sequences of three tokens.
 
-    Weights 4 * 16 + 3 * 4 * 8 = 160, times 6 FLOPs times 6 positions = 5760; causal scores 2 * (3 * 4 / 2) = 12,
-    times 6 products of 2 * 4 FLOPs = 576; two head rows at two positions, 6 * 2 * 4 * 2 = 96.
+    First layer: weights 4 * 16 + 3 * 4 * 8 = 160, times 6 FLOPs times 6 positions = 5760; causal scores
+    2 * (3 * 4 / 2) = 12, times 6 products of 2 * 4 FLOPs = 576. Last layer: keys and values 2 * 16 = 32, times 6 times 6
+    positions = 1152; the other 128 weights times 6 times 2 label positions = 1536; scores 2 * 3 = 6, times 48 = 288.
+    Two head rows at two positions, 6 * 2 * 4 * 2 = 96.
     """
-    size = Size(width=4, layers=1, vocab_size=100, batch=2, tokens=3)
-    assert step_flops(size, mlp_width=8) == 5760 + 576 + 96
+    size = Size(width=4, layers=2, vocab_size=100, batch=2, tokens=3)
+    assert step_flops(size, mlp_width=8) == 5760 + 576 + 1152 + 1536 + 288 + 96
 
 
 def test_step_flops_agree_with_torch() -> None:
-    """`FlopCounterMode` counts the attention in full, without the causal half."""
+    """`FlopCounterMode` counts the attention in full, without the causal half, and no fused kernel of CPUs."""
+    from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.utils.flop_counter import FlopCounterMode
 
     model = tiny_model(num_key_value_heads=4, attn_implementation="eager").train()
     ids_BT = torch.randint(0, 512, (2, 16))
-    with FlopCounterMode(display=False) as counter:
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         label_logits(model, ids_BT, torch.ones_like(ids_BT), (5, 6)).sum().backward()
     size = Size(width=32, layers=2, vocab_size=512, batch=2, tokens=16)
-    other_half = 6 * 2 * 32 * (2 * 2 * 16 * 15 / 2)
+    other_half = 6 * 2 * 32 * (2 * 16 * 15 / 2)  # of the first layer; the last one has a single query
     assert counter.get_total_flops() == step_flops(size, mlp_width=64) + other_half
 
 
