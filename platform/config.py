@@ -10,12 +10,12 @@ import difflib
 import hashlib
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 from pydantic.fields import FieldInfo
 
 T = TypeVar("T", bound="Config")
@@ -35,6 +35,16 @@ class Config(BaseModel):
         validate_default=True,
         protected_namespaces=(),
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _complete_sections(cls, values: Any) -> Any:
+        """A section that is given in part keeps the rest of what this class sets for it: `optim: {lr: 2e-5}` says nothing
+        about the schedule, so it must not replace a schedule that the job chose by the one of `OptimSection`."""
+        if not isinstance(values, dict):
+            return values
+        defaults = {name: field.default for name, field in cls.model_fields.items()}
+        return _complete(cls.model_fields, defaults, values)
 
 
 def load_config(cls: type[T], path: str | Path | None = None, overrides: Sequence[str] = ()) -> T:
@@ -221,6 +231,27 @@ def _nearest(cls: type[Config], location: list[str]) -> str:
     return f"; the keys here are: {', '.join(parent.model_fields)}."
 
 
+def _complete(
+    fields: Mapping[str, FieldInfo], defaults: Mapping[str, Any], given: dict[str, Any]
+) -> dict[str, Any]:
+    values = dict(given)
+    for name, value in given.items():
+        default = defaults.get(name)
+        # Of several kinds of section, the default's values would be wrong for another kind.
+        if (
+            isinstance(default, Config)
+            and isinstance(value, dict)
+            and len(_section_classes(fields[name])) == 1
+        ):
+            own = {key: getattr(default, key) for key in default.model_fields_set}
+            values[name] = own | _complete(type(default).model_fields, own, value)
+    return values
+
+
 def _section_class(field: FieldInfo) -> type[Config] | None:
+    return next(iter(_section_classes(field)), None)
+
+
+def _section_classes(field: FieldInfo) -> list[type[Config]]:
     candidates = (field.annotation, *get_args(field.annotation))
-    return next((c for c in candidates if isinstance(c, type) and issubclass(c, Config)), None)
+    return [c for c in candidates if isinstance(c, type) and issubclass(c, Config)]

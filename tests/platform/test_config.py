@@ -68,6 +68,32 @@ def test_override_opens_an_optional_section_and_closes_it(tmp_path: Path) -> Non
     assert load_config(Example, path, ["adapter.rank=4", "adapter=null"]).adapter is None
 
 
+class Nested(Config):
+    optim: Optim = Optim(betas=(0.8, 0.9))
+    """Also set by `Job`."""
+    other: Optim = Optim(lr=0.5)
+    """Not set by `Job`."""
+
+
+class Job(Config):
+    optim: Optim = Optim(lr=0.25, betas=(0.5, 0.75))
+    """A section that the job sets."""
+    nested: Nested = Nested(optim=Optim(lr=0.125))
+    """A section with sections."""
+    either: Optim | Adapter = Optim(lr=0.25)
+    """One of two kinds of section."""
+
+
+def test_a_section_given_in_part_keeps_what_the_job_sets_for_it(tmp_path: Path) -> None:
+    path = write(tmp_path, "optim: {lr: 2.0}\nnested: {optim: {betas: [0.1, 0.2]}}\n")
+    job = load_config(Job, path, ["nested.other.betas=[0.3, 0.4]"])
+    assert job.optim == Optim(lr=2.0, betas=(0.5, 0.75))
+    assert job.nested.optim == Optim(lr=0.125, betas=(0.1, 0.2))
+    assert job.nested.other == Optim(lr=0.5, betas=(0.3, 0.4))
+    assert load_config(Job, None, ["optim={}"]).optim == Job().optim
+    assert load_config(Job, None, ["either.rank=4"]).either == Adapter(rank=4)
+
+
 def test_override_may_hold_an_equals_sign() -> None:
     assert load_config(Example, None, ["data=s3?key=value"]).data == "s3?key=value"
 
