@@ -56,6 +56,15 @@ class AlignSection(Section):
     bias: bool = True
     """Whether the feed-forward part has biases."""
 
+    @model_validator(mode="after")
+    def _fits_together(self) -> AlignSection:
+        self.spec()
+        return self
+
+    def spec(self) -> AlignSpec:
+        """The same for `LisaSpec`."""
+        return AlignSpec(**self.model_dump())
+
 
 class ShareSection(Section):
     """Which layers share, and how."""
@@ -93,9 +102,8 @@ class ShareSection(Section):
 
     def spec(self, layers: Sequence[int]) -> LisaSpec:
         """The specification for the chosen layers."""
-        align = AlignSpec(**self.align.model_dump())
         options = {name: getattr(self, name) for name in ("source", "rank", "key_heads", "rope")}
-        return LisaSpec(shared_layers=tuple(layers), align=align, **options)
+        return LisaSpec(shared_layers=tuple(layers), align=self.align.spec(), **options)
 
     def check_model(self, config: Any) -> None:
         """Refuse what costs more than it saves.

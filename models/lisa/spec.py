@@ -36,6 +36,13 @@ class AlignSpec:
     bias: bool = True
     """Whether the feed-forward part has biases."""
 
+    def __post_init__(self) -> None:
+        if self.width is not None and (self.width < 1 or self.kind in NO_HIDDEN_LAYER):
+            raise ValueError(
+                f"`align.width` is {self.width} with `align.kind` {self.kind!r}; a width is at least 1 "
+                "and only kinds with a hidden layer (ffn, ffn_res, linear+ffn, glu) have one."
+            )
+
 
 @dataclass(frozen=True)
 class LisaSpec:
@@ -90,11 +97,6 @@ class LisaSpec:
             )
         for rank in self.ranks:
             self._check_rank(rank)
-        if self.align.width is not None and (self.align.width < 1 or self.align.kind in NO_HIDDEN_LAYER):
-            raise ValueError(
-                f"`align.width` is {self.align.width} with `align.kind` {self.align.kind!r}; a width is at least 1 "
-                "and only kinds with a hidden layer (ffn, ffn_res, linear+ffn, glu) have one."
-            )
 
     def _check_rank(self, rank: int) -> None:
         if rank < 0:

@@ -274,6 +274,7 @@ def test_the_loss_does_not_depend_on_company(teacher: Path, tmp_path: Path) -> N
         (["lora={rank: 2}", "phase=end_to_end", "trained=full"], "leave one out"),
         (["loss.kl=0", "loss.mse_out=0"], "phase `local` has no loss"),
         (["share.rank=5"], "must be even"),
+        (["share.align={kind: identity, width: 2}"], "only kinds with a hidden layer"),
         (["share.rank=16"], r"takes 1\.\d+ times the arithmetic of full scores at head size 16"),
     ],
 )
