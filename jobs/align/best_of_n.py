@@ -14,7 +14,6 @@ import logging
 import math
 from collections.abc import Sequence
 from dataclasses import asdict
-from pathlib import Path
 from random import Random
 from typing import Any, Literal
 
@@ -29,6 +28,7 @@ from eagleray.models.gram.alignment import kl_best_of_n
 from eagleray.models.gram.best_of_n import best_by_judge, expected_curve, sweep_up_to
 from eagleray.models.gram.checks import last_number
 from eagleray.models.gram.metrics import mean_estimate
+from eagleray.models.gram.plots import plot_best_of_n
 from eagleray.platform.cluster import connected
 from eagleray.platform.config import Config as Section
 from eagleray.platform.data.sources import DataError, SourceConfig, file_hashes, read_rows
@@ -114,7 +114,13 @@ def main(cfg: Config) -> dict[str, Any]:
         run.write_report(report)
         run.plots.mkdir(exist_ok=True)
         for name, figures in report["sets"].items():
-            plot_curves(figures, run.plots / f"{name}.png", title=name)
+            plot_best_of_n(
+                figures["scorers"],
+                run.plots / f"{name}.png",
+                random=[row["value"] for row in figures["random"]],
+                oracle=[row["value"] for row in figures["oracle"]],
+                title=name,
+            )
     print_table(report, Console())
     return report
 
@@ -178,27 +184,6 @@ def print_table(report: dict[str, Any], console: Console) -> None:
         models = sorted(figures["models"].items(), key=lambda item: -item[1])
         if models:
             console.print("Always the same model: " + ", ".join(f"{m} {v:.3f}" for m, v in models[:3]))
-
-
-def plot_curves(figures: dict[str, Any], path: Path, *, title: str) -> None:
-    """Quality against the bound of the KL divergence, with bands of the 95 % intervals."""
-    from matplotlib.figure import Figure
-
-    canvas = Figure(figsize=(7, 4.5), layout="constrained")
-    axes = canvas.subplots()
-    kl = [kl_best_of_n(n) for n in figures["n"]]
-    for scorer, rows in figures["scorers"].items():
-        [line] = axes.plot(kl, [r["value"] for r in rows], marker="o", label=scorer)
-        low, high = ([r[edge] for r in rows] for edge in ("low", "high"))
-        axes.fill_between(kl, low, high, alpha=0.15, color=line.get_color())
-    axes.plot(kl, [r["value"] for r in figures["oracle"]], ":", color="gray", label="oracle")
-    axes.plot(kl, [r["value"] for r in figures["random"]], "--", color="gray", label="random")
-    axes.set(xlabel="KL bound, ln n − (n − 1)/n", ylabel="true score of the chosen answer", title=title)
-    for x, n in zip(kl, figures["n"], strict=True):
-        axes.annotate(f"n={n}", (x, 0), xycoords=("data", "axes fraction"), fontsize="x-small", color="gray")
-    axes.grid(alpha=0.3)
-    axes.legend(fontsize="small")
-    canvas.savefig(path, dpi=120)
 
 
 def _pools(cfg: Config, groups: Sequence[Group]) -> list[Group]:

@@ -23,13 +23,14 @@ from rich.table import Table
 
 from eagleray.jobs.rovrm.data import ImageSection, Sample, VisualSource, load_sources
 from eagleray.models.gram.metrics import paired_difference
-from eagleray.models.gram.plots import plot_sets
-from eagleray.models.rovrm.best_of_n import best_of_n_curve, group_candidates
+from eagleray.models.gram.plots import plot_best_of_n, plot_sets
+from eagleray.models.rovrm.best_of_n import LEAST_CANDIDATES, best_of_n_curve, group_candidates
 from eagleray.models.rovrm.images import ImageLimits
 from eagleray.models.rovrm.metrics import RankedPair, evaluate_pairs, ranked_pairs
 from eagleray.models.rovrm.scoring import TooLongError, VisualScorer
 from eagleray.platform.cluster import connected
 from eagleray.platform.config import Config as Section
+from eagleray.platform.config import ConfigError
 from eagleray.platform.runs import RunFolder
 from eagleray.platform.scoring import Row, Score, map_with_models
 from eagleray.platform.sections import JobConfig
@@ -102,11 +103,16 @@ def main(cfg: Config) -> dict[str, Any]:
 
     Returns:
         The report: `sets` -> name -> `scorers` -> name -> figures.
+
+    Raises:
+        DataError: A row does not fit.
+        ConfigError: A set is to have a best-of-n curve, and has too few answers about any picture.
     """
     with RunFolder.create(JOB, cfg).recording() as run, connected(cfg.ray):
         loaded = {name: load_sources(section.sources, cfg.images) for name, section in cfg.sets.items()}
         run.update_manifest(data_hashes={k: v for found in loaded.values() for k, v in found.hashes.items()})
         sets = {name: found.samples for name, found in loaded.items()}
+        _check_best_of_n(cfg, sets)
         rewards = _all_rewards(cfg, sets)
         report = {
             "sets": {
@@ -117,6 +123,16 @@ def main(cfg: Config) -> dict[str, Any]:
         _write_results(run, sets, rewards)
         run.write_report(report)
         plot_sets(report["sets"], run.plots)
+        for name in (name for name, section in cfg.sets.items() if section.best_of_n):
+            curves = _curves(report["sets"][name])
+            rows = next(iter(curves.values()))
+            plot_best_of_n(
+                curves,
+                run.plots / f"{name}_best_of_n.png",
+                random=[row["random"] for row in rows],
+                oracle=[row["oracle"] for row in rows],
+                title=f"{name}, best of n",
+            )
     print_table(report, Console())
     return report
 
@@ -153,6 +169,25 @@ def print_table(report: dict[str, Any], console: Console) -> None:
                 "" if correlation is None else f"{correlation:+.2f}",
             )
         console.print(table)
+        curves = _curves(figures)
+        if curves:
+            rows = next(iter(curves.values()))
+            table = Table(title=f"{name}: share of good answers, best of n", title_justify="left")
+            table.add_column("scorer")
+            for row in rows:
+                table.add_column(f"n = {row['n']}", justify="right")
+            for scorer, found in curves.items():
+                table.add_row(
+                    scorer, *(f"{r['value']:.3f} ({r['low']:.3f} to {r['high']:.3f})" for r in found)
+                )
+            for chance in ("random", "oracle"):
+                table.add_row(chance, *(f"{row[chance]:.3f}" for row in rows))
+            console.print(table)
+
+
+def _curves(figures: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
+    """Best-of-n curves of a set by scorer; empty where none was asked for."""
+    return {name: found["best_of_n"] for name, found in figures["scorers"].items() if "best_of_n" in found}
 
 
 def build_scorer(path: str, limits: dict[str, Any]) -> Score:
@@ -176,6 +211,19 @@ def build_scorer(path: str, limits: dict[str, Any]) -> Score:
         return [{"rewards": json.dumps(found[start:end] or None)} for start, end in spans]
 
     return score
+
+
+def _check_best_of_n(cfg: Config, sets: dict[str, list[Sample]]) -> None:
+    """Before anything is scored."""
+    for name, samples in sets.items():
+        records = [sample.record for sample in samples]
+        if cfg.sets[name].best_of_n and not group_candidates(
+            records, [[0.0] * len(r.responses) for r in records]
+        ):
+            raise ConfigError(
+                f"`sets.{name}.best_of_n` is true, but no picture of the set has {LEAST_CANDIDATES} different answers to one prompt. "
+                "Leave it out, or give rows that share their picture."
+            )
 
 
 def _all_rewards(
@@ -248,7 +296,7 @@ def _report(
             )
         if cfg.sets[name].best_of_n:
             groups = group_candidates(records, values[scorer])
-            figures["best_of_n"] = best_of_n_curve(groups)
+            figures["best_of_n"] = best_of_n_curve(groups, samples=cfg.bootstrap, seed=cfg.seed)
         scorers[scorer] = figures
     return {
         "samples": len(kept),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +67,43 @@ def plot_length_gap(scorers: Scorers, path: Path, *, title: str) -> None:
     axes.set(xlabel="characters of chosen − rejected", ylabel="accuracy", ylim=(-0.02, 1.02))
     axes.legend(fontsize="small")
     figure.savefig(path, dpi=150)
+
+
+def plot_best_of_n(
+    scorers: Mapping[str, Sequence[Mapping[str, Any]]],
+    path: Path,
+    *,
+    random: Sequence[float],
+    oracle: Sequence[float],
+    title: str,
+) -> None:
+    """Quality of the best of n against the bound of the KL divergence, with bands of the 95 % intervals.
+
+    Args:
+        scorers: Name of a scorer -> for each n a row with `n`, `kl`, `value`, `low` and `high`.
+        path: Of the picture.
+        random: Quality of an answer taken by chance, for each n.
+        oracle: Quality of the best answer, for each n.
+        title: Above it.
+    """
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axes = figure.subplots()
+    for scorer, rows in scorers.items():
+        kl = [row["kl"] for row in rows]
+        [line] = axes.plot(kl, [row["value"] for row in rows], marker="o", label=scorer)
+        low, high = ([row[edge] for row in rows] for edge in ("low", "high"))
+        axes.fill_between(kl, low, high, alpha=0.15, color=line.get_color())
+    rows = next(iter(scorers.values()))
+    kl = [row["kl"] for row in rows]
+    axes.plot(kl, oracle, ":", color="gray", label="oracle")
+    axes.plot(kl, random, "--", color="gray", label="random")
+    axes.set(xlabel="KL bound, ln n − (n − 1)/n", ylabel="true score of the chosen answer", title=title)
+    for row in rows:
+        place, n = (row["kl"], 0), f"n={row['n']}"
+        axes.annotate(n, place, xycoords=("data", "axes fraction"), fontsize="x-small", color="gray")
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize="small")
+    figure.savefig(path, dpi=120)
 
 
 def _square(title: str) -> tuple[Figure, Axes]:

@@ -6,13 +6,18 @@ Spec section 6. The curve is an expectation over all subsets (`models.gram.best_
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import numpy as np
 
 from eagleray.models.gram.alignment import kl_best_of_n
 from eagleray.models.gram.best_of_n import expected_curve, sweep_up_to
+from eagleray.models.gram.metrics import mean_estimate
 from eagleray.models.rovrm.records import VisualPreference
+
+LEAST_CANDIDATES = 4
+"""Answers that a picture and prompt need to stand in a curve."""
 
 
 @dataclass(frozen=True)
@@ -35,11 +40,19 @@ def best_of(rewards: Sequence[float]) -> int:
     return int(np.argmax(np.asarray(rewards, dtype=np.float64)))
 
 
-def best_of_n_curve(groups: Sequence[Candidates]) -> list[dict[str, float]]:
+def best_of_n_curve(
+    groups: Sequence[Candidates], *, samples: int = 1000, seed: int = 0
+) -> list[dict[str, Any]]:
     """Expected quality and reward of the best of n, for each n that all groups can give.
 
-    `random` is the quality of an answer taken by chance, `oracle` that of a perfect reward. Among equal rewards each answer is
-    taken with the same probability.
+    `value` is the quality, between `low` and `high`, the 95 % interval of a bootstrap over groups. `random` is the quality of an answer
+    taken by chance, `gain` what the choice adds to it in the same groups, with its interval, and `oracle` the quality of a perfect
+    reward. Among equal rewards each answer is taken with the same probability.
+
+    Args:
+        groups: One for each prompt and picture.
+        samples: Bootstrap replicates of an interval.
+        seed: Of the bootstrap.
 
     Raises:
         ValueError: There is no group.
@@ -48,28 +61,30 @@ def best_of_n_curve(groups: Sequence[Candidates]) -> list[dict[str, float]]:
         raise ValueError("There is no group of candidates; best-of-n needs several answers to one prompt.")
     sweep = sweep_up_to(min(len(group.rewards) for group in groups))
     rewards, qualities = [g.rewards for g in groups], [g.qualities for g in groups]
-    curves = {
-        name: expected_curve(chosen_by, worth, sweep).mean(0)
-        for name, chosen_by, worth in (
-            ("reward", rewards, rewards),
-            ("quality", rewards, qualities),
-            ("oracle", qualities, qualities),
+    quality_GK = expected_curve(rewards, qualities, sweep)
+    reward_K = expected_curve(rewards, rewards, sweep).mean(0)
+    oracle_K = expected_curve(qualities, qualities, sweep).mean(0)
+    random_G = np.array([np.mean(values) for values in qualities])
+    curve = []
+    for i, n in enumerate(sweep):
+        quality = mean_estimate(quality_GK[:, i], samples=samples, seed=seed)
+        gain = mean_estimate(quality_GK[:, i] - random_G, samples=samples, seed=seed)
+        curve.append(
+            {
+                "n": n,
+                "kl": kl_best_of_n(n),
+                "reward": float(reward_K[i]),
+                **asdict(quality),
+                "random": float(random_G.mean()),
+                "gain": asdict(gain),
+                "oracle": float(oracle_K[i]),
+            }
         )
-    }
-    chance = float(np.mean([np.mean(values) for values in qualities]))
-    return [
-        {
-            "n": n,
-            "kl": kl_best_of_n(n),
-            **{name: float(curve_K[i]) for name, curve_K in curves.items()},
-            "random": chance,
-        }
-        for i, n in enumerate(sweep)
-    ]
+    return curve
 
 
 def group_candidates(
-    records: Sequence[VisualPreference], rewards: Sequence[Sequence[float]], *, least: int = 4
+    records: Sequence[VisualPreference], rewards: Sequence[Sequence[float]], *, least: int = LEAST_CANDIDATES
 ) -> list[Candidates]:
     """Pairs about the same picture and prompt as one set of candidates: chosen answers are worth 1, others 0.
 

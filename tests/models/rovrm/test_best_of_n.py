@@ -38,17 +38,29 @@ def test_check_20_the_curve() -> None:
     assert [row["kl"] for row in rows] == pytest.approx([0, 0.193147, 0.636294, 1.204442, 1.835089], abs=1e-6)
     rewards = [row["reward"] for row in rows]
     assert rewards == sorted(rewards)
-    assert all(row["quality"] <= row["oracle"] for row in rows)
-    assert rows[0]["quality"] == pytest.approx(rows[0]["random"])
+    assert all(row["value"] <= row["oracle"] for row in rows)
+    assert rows[0]["value"] == pytest.approx(rows[0]["random"])
     chosen = [group.qualities[best_of(group.rewards)] for group in GROUPS]
-    assert rows[-1]["quality"] == pytest.approx(sum(chosen) / len(GROUPS))
+    assert rows[-1]["value"] == pytest.approx(sum(chosen) / len(GROUPS))
+
+
+def test_the_interval_is_over_pictures_and_the_gain_is_paired_with_chance() -> None:
+    # Two pictures, both with one true answer of two: chosen in one, missed in the other.
+    last = best_of_n_curve([Candidates([1, 0], [1, 0]), Candidates([0, 1], [1, 0])], samples=2000)[-1]
+    assert (last["value"], last["random"]) == (0.5, 0.5)
+    assert (last["low"], last["high"]) == (0.0, 1.0)  # a quarter of the bootstraps is all of either
+    assert last["gain"] == {"value": 0.0, "low": -0.5, "high": 0.5}
+    # Pictures that differ in how many answers are true, where the choice always gains a half: no doubt about the gain.
+    sure = best_of_n_curve([Candidates([1, 0], [1, 0]), Candidates([1, 0], [3, 2])])[-1]
+    assert sure["low"] < sure["high"]
+    assert sure["gain"] == {"value": 0.5, "low": 0.5, "high": 0.5}
 
 
 def test_a_perfect_reward_reaches_the_oracle_and_a_blind_one_nothing() -> None:
     perfect = best_of_n_curve([Candidates(g.qualities, g.qualities) for g in GROUPS])
-    assert all(row["quality"] == row["oracle"] for row in perfect)
+    assert all(row["value"] == row["oracle"] for row in perfect)
     constant = best_of_n_curve([Candidates([0.0] * 16, g.qualities) for g in GROUPS])
-    assert constant[-1]["quality"] == pytest.approx(constant[-1]["random"])
+    assert constant[-1]["value"] == pytest.approx(constant[-1]["random"])
 
 
 def test_pairs_about_one_picture_are_candidates() -> None:
