@@ -22,7 +22,13 @@ from eagleray.models.nast.errors import SpeechDataError
 from eagleray.models.nast.features import NYQUIST, frame_count
 from eagleray.models.nast.frontend import Frontend
 from eagleray.models.nast.layouts import Layout, read_layout
-from eagleray.models.nast.manifest import Utterance, check_utterance, clips_to_text, unique_ids
+from eagleray.models.nast.manifest import (
+    Utterance,
+    check_utterance,
+    clips_to_text,
+    join_utterances,
+    unique_ids,
+)
 from eagleray.models.nast.subsampler import subsampled_length
 from eagleray.models.nast.synthetic import write_corpus
 from eagleray.models.nast.vocabulary import Kind, Vocabulary, ctc_length, save_vocabularies
@@ -174,6 +180,10 @@ class SpeechData(SpeechRules):
     """Folder of a run of `nast.prepare` in their place."""
     drop_infeasible: bool = False
     """Leave out training utterances whose target is longer than CTC allows; they are counted in any case."""
+    joined: int = Field(default=0, ge=0)
+    """Training utterances to add, each of two of one speaker in a row: longer ones, and words in other company."""
+    join_pause: float = Field(default=0.3, ge=0, le=5)
+    """Seconds of silence between the two."""
     cache: Literal["none", "audio", "features"] = "none"
     """What the example files keep, at 32 kB a second: decoded `audio` saves reading and resampling at every step;
     `features` also save computing them, and leave SpecAugment as the only augmentation."""
@@ -185,7 +195,27 @@ class SpeechData(SpeechRules):
             raise ValueError(
                 "give either `data.train` and `data.eval`, or `data.synthetic`, or `data.prepared`"
             )
+        if self.joined and self.prepared is not None:
+            raise ValueError("`data.joined` is for `nast.prepare` where the data are `data.prepared`")
         return self
+
+    def join(self, loaded: LoadedSpeech, seed: int) -> int:
+        """Add the joined utterances to those loaded; how many."""
+        rows, lengths = join_utterances(
+            loaded.utterances,
+            loaded.seconds,
+            count=self.joined,
+            pause=self.join_pause,
+            max_seconds=self.max_seconds,
+            seed=seed,
+        )
+        if len(rows) < self.joined:
+            logger.warning(
+                "%d of %d utterances were joined: few pairs are short enough.", len(rows), self.joined
+            )
+        loaded.utterances += rows
+        loaded.seconds += lengths
+        return len(rows)
 
 
 class VocabularySection(Section):
@@ -274,9 +304,14 @@ def prepare_examples(
         return _link_prepared(Path(data.prepared), frontend, folder)
     parts = {name: data.read(sources) for name, sources in _sources(data, folder).items()}
     target, source = _train_vocabularies(parts["train"], vocabulary, seed)
+    joined = data.join(parts["train"], seed)
     folder.mkdir(parents=True, exist_ok=True)
     save_vocabularies(folder, target, source)
-    summary: dict[str, Any] = {"vocabulary": len(target), "source_vocabulary": len(source)}
+    summary: dict[str, Any] = {
+        "vocabulary": len(target),
+        "source_vocabulary": len(source),
+        "joined": joined,
+    }
     for name, loaded in parts.items():
         counts = Counter[str]()
         drop = data.drop_infeasible and name == "train"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from random import Random
 
 from eagleray.models.nast.audio import Clip, clip_seconds
 from eagleray.models.nast.errors import SpeechDataError
@@ -86,3 +87,52 @@ def unique_ids(utterances: Sequence[Utterance]) -> list[Utterance]:
         count = seen[utterance.id] = seen.get(utterance.id, 0) + 1
         result.append(utterance if count == 1 else replace(utterance, id=f"{utterance.id}#{count}"))
     return result
+
+
+def join_utterances(
+    utterances: Sequence[Utterance],
+    seconds: Sequence[float],
+    *,
+    count: int,
+    pause: float,
+    max_seconds: float,
+    seed: int,
+) -> tuple[list[Utterance], list[float]]:
+    """Further utterances, each of two of one speaker in a row, with their lengths in seconds.
+
+    Texts are joined in the order of the audio. Pairs without transcripts of both have none.
+
+    Args:
+        utterances: To draw from; where no speaker is named, all count as one.
+        seconds: Their lengths.
+        count: Pairs to draw; fewer are returned where hardly any fits.
+        pause: Seconds of silence between the two.
+        max_seconds: Longer pairs are not taken.
+        seed: Of the draw.
+    """
+    rng = Random(f"joined {seed}")
+    by_speaker: dict[str, list[int]] = {}
+    for i, utterance in enumerate(utterances):
+        by_speaker.setdefault(utterance.speaker, []).append(i)
+    joined, lengths = [], []
+    for _ in range(10 * count):
+        if len(joined) == count:
+            break
+        first = rng.randrange(len(utterances))
+        second = rng.choice(by_speaker[utterances[first].speaker])
+        length = seconds[first] + pause + seconds[second]
+        if length > max_seconds:
+            continue
+        a, b = utterances[first], utterances[second]
+        last = replace(a.clips[-1], pause=a.clips[-1].pause + pause)
+        joined.append(
+            replace(
+                a,
+                id=f"joined-{len(joined)}",
+                clips=(*a.clips[:-1], last, *b.clips),
+                source=f"{a.source} {b.source}" if a.source and b.source else "",
+                target=f"{a.target} {b.target}",
+            )
+        )
+        lengths.append(length)
+    return joined, lengths

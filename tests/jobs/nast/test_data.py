@@ -19,8 +19,9 @@ from eagleray.jobs.nast.data import SpeechData, VocabularySection, prepare_examp
 from eagleray.jobs.nast.distill import write_manifest
 from eagleray.jobs.nast.evaluate import latency_figures
 from eagleray.jobs.nast.train import SpeechTask
-from eagleray.models.nast.audio import Clip, write_wav
+from eagleray.models.nast.audio import Clip, from_pcm, write_wav
 from eagleray.models.nast.errors import SpeechDataError
+from eagleray.models.nast.features import frame_count
 from eagleray.models.nast.frontend import Frontend
 from eagleray.models.nast.layouts import read_layout
 from eagleray.models.nast.manifest import Utterance
@@ -218,6 +219,50 @@ def test_the_front_end_gives_silence_a_floor_and_no_frame_nothing(tmp_path: Path
         Frontend.load(tmp_path / "none")
 
 
+def test_joined_utterances_are_of_one_speaker_in_the_order_of_the_audio(tmp_path: Path) -> None:
+    tones = {
+        name: 0.1 * np.sin(np.arange(4800) * step) for name, step in (("a", 0.1), ("b", 0.2), ("c", 0.3))
+    }
+    for name, waveform in tones.items():
+        write_wav(tmp_path / f"{name}.wav", waveform)
+    rows = [("a", "ann", "one", "eins"), ("b", "ann", "", "zwei"), ("c", "bob", "three", "drei")]
+    text = "audio\tspeaker\tsrc_text\ttgt_text\n" + "".join(
+        "\t".join((f"{r[0]}.wav", *r[1:])) + "\n" for r in rows
+    )
+    (tmp_path / "t.tsv").write_text(text)
+    sources = {"train": [{"path": "t.tsv"}], "eval": [{"path": "t.tsv"}]}
+    base = {"root": str(tmp_path), **sources, "join_pause": 0.5, "cache": "audio"}
+    summary = prepare_examples(
+        SpeechData.model_validate(base | {"joined": 40}),
+        WORDS,
+        CLEAN,
+        tmp_path / "out",
+        strides=(2, 2),
+        seed=0,
+    )
+    assert (summary["joined"], summary["train"]["utterances"], summary["eval"]["utterances"]) == (40, 43, 3)
+    examples = Examples(tmp_path / "out" / "train.arrow")
+    joined = [examples[i] for i in range(3, 43)]
+    words = {"eins": ("a", "one"), "zwei": ("b", ""), "drei": ("c", "three")}
+    assert {row["target"] for row in joined} == {
+        "eins eins",
+        "eins zwei",
+        "zwei eins",
+        "zwei zwei",
+        "drei drei",
+    }
+    for row in joined:
+        (first, said), (second, also) = (words[word] for word in row["target"].split())
+        assert row["source"] == (f"{said} {also}" if said and also else "")
+        audio = from_pcm(row["audio"])
+        expected = np.concatenate([tones[first], np.zeros(8000), tones[second]])
+        assert np.abs(audio - expected).max() < 1e-4
+        assert row["length"] == frame_count(17_600)
+    # A limit that leaves no room for two.
+    short = SpeechData.model_validate(base | {"joined": 40, "max_seconds": 1})
+    assert prepare_examples(short, WORDS, CLEAN, tmp_path / "short", strides=(2, 2), seed=0)["joined"] == 0
+
+
 def test_a_written_manifest_is_read_back(tmp_path: Path) -> None:
     clips = (Clip("/x/ä \\ b.wav", 0.5, None, 0.1), Clip("/x/y.wav"))
     row = Utterance("u", clips, 'say "a\tb"', "„ß“ \\ ☃", "ann")
@@ -243,6 +288,7 @@ def test_latency_leaves_the_warm_up_out() -> None:
             "give either `data.train` and `data.eval`, or `data.synthetic`, or `data.prepared`",
         ),
         (["data.prepared=x"], "give either `data.train`"),
+        (["data.prepared=x", "data.synthetic=null", "data.joined=5"], "`data.joined` is for `nast.prepare`"),
         (["data.cache=features"], "`augment.noise_db` need audio; set `data.cache: audio`"),
         (["augment.speeds=[0.1]"], "`augment.speeds` is .* give numbers from 0.5 to 2"),
         (["augment.warps=[]"], "`augment.warps` is .* give numbers from 0.7 to 1.4"),
