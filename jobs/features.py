@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 from pydantic import Field, field_validator, model_validator
 
 from eagleray.jobs.encoding import Encoded, Item, encode
@@ -196,7 +197,8 @@ def build_featuriser(path: str, features: dict[str, Any], limits: dict[str, Any]
                 prepared.append([])
         fits = [bool(sample) for sample in prepared]
         found = iter(featuriser.features([sample for sample in prepared if sample]))
-        nothing = [0.0] * featuriser.width
+        # Of the type of a feature: Ray Data cannot join a batch in which nothing fits with others otherwise.
+        nothing = np.zeros(featuriser.width, dtype=np.float32)
         return [{"h": next(found) if fit else nothing, "fits": fit} for fit in fits]
 
     return score

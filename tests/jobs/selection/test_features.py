@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from rovrm_cases import tiny_llava
 
@@ -117,6 +118,18 @@ def test_what_does_not_fit_is_left_out_with_its_id(tmp_path: Path) -> None:
     assert report["left_out"] == sorted(name for name in lengths if lengths[name] > encoder.max_length)
     held = read_vectors(str(tmp_path / "store" / "captions")).ids
     assert held == sorted(lengths.keys() - set(report["left_out"]))
+
+
+def test_batches_in_which_nothing_fits_can_be_joined_with_others(model: Path) -> None:
+    settings = features.FeatureSection(kind="hidden").model_dump()
+    score = features.build_featuriser(str(model), settings, features.ImageSection().model_dump())
+    fits, too_long = (
+        score([{"prompt": text, "answers": '["a", "b"]', "image": b""}])
+        for text in ("Name one.", "word " * 4000)
+    )
+    assert (fits[0]["fits"], too_long[0]["fits"]) == (True, False)
+    blocks = [pa.Table.from_pylist([{"h": row[0]["h"]}]) for row in (fits, too_long)]
+    assert blocks[0].schema == blocks[1].schema
 
 
 @pytest.mark.parametrize(
