@@ -213,7 +213,7 @@ class SpeechData(SpeechRules):
             logger.warning(
                 "%d of %d utterances were joined: few pairs are short enough.", len(rows), self.joined
             )
-        loaded.utterances += rows
+        loaded.utterances = unique_ids([*loaded.utterances, *rows])
         loaded.seconds += lengths
         return len(rows)
 

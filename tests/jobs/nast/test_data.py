@@ -226,8 +226,9 @@ def test_joined_utterances_are_of_one_speaker_in_the_order_of_the_audio(tmp_path
     for name, waveform in tones.items():
         write_wav(tmp_path / f"{name}.wav", waveform)
     rows = [("a", "ann", "one", "eins"), ("b", "ann", "", "zwei"), ("c", "bob", "three", "drei")]
-    text = "audio\tspeaker\tsrc_text\ttgt_text\n" + "".join(
-        "\t".join((f"{r[0]}.wav", *r[1:])) + "\n" for r in rows
+    # Ids like those of joined utterances: each keeps its own audio.
+    text = "id\taudio\tspeaker\tsrc_text\ttgt_text\n" + "".join(
+        "\t".join((f"joined-{i}", f"{row[0]}.wav", *row[1:])) + "\n" for i, row in enumerate(rows)
     )
     (tmp_path / "t.tsv").write_text(text)
     sources = {"train": [{"path": "t.tsv"}], "eval": [{"path": "t.tsv"}]}
@@ -242,6 +243,7 @@ def test_joined_utterances_are_of_one_speaker_in_the_order_of_the_audio(tmp_path
     )
     assert (summary["joined"], summary["train"]["utterances"], summary["eval"]["utterances"]) == (40, 43, 3)
     examples = Examples(tmp_path / "out" / "train.arrow")
+    assert len({examples[i]["id"] for i in range(43)}) == 43
     joined = [examples[i] for i in range(3, 43)]
     words = {"eins": ("a", "one"), "zwei": ("b", ""), "drei": ("c", "three")}
     assert {row["target"] for row in joined} == {

@@ -13,7 +13,7 @@ from eagleray.models.lisa import kernels
 def test_scores_are_those_of_repeated_keys(
     intel: bool, heads: int, groups: int, queries: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(kernels, "_intel", lambda: intel)
+    monkeypatch.setattr(kernels, "_INTEL", intel)
     generator = torch.Generator().manual_seed(0)
     q = torch.randn(2, heads, queries, 8, generator=generator)
     k = torch.randn(2, groups, 11, 8, generator=generator)
