@@ -91,6 +91,14 @@ class ShareSection(Section):
     align: AlignSection = AlignSection()
     rope: Literal["pairs", "scaled", "none"] = "pairs"
     """Rotary code of low-rank heads."""
+    scale: float | None = Field(default=None, gt=0)
+    """Factor of low-rank scores; default: 1/sqrt(head size) for `pairs`, else 1/sqrt(rank)."""
+    stage: Literal["scores", "weights"] = "scores"
+    """Handed on: scores before the softmax, or attention weights after it (a baseline; needs `rank: 0`)."""
+    row_center: Literal["none", "max", "mean"] = "none"
+    """Statistic over the visible keys that f does not get to see."""
+    score_dtype: Literal["auto", "float32", "model"] = "auto"
+    """Precision in which scores travel; `auto`: at least float32 for one query, else the model's."""
     past_break_even: Literal["refuse", "warn"] = "refuse"
     """Scores that take more arithmetic than full ones: refused, or allowed for the sake of the curve over ranks."""
 
@@ -100,9 +108,19 @@ class ShareSection(Section):
             raise ValueError(f"`share.rank` is {self.rank}; with a rotary code it must be even")
         return self
 
+    @model_validator(mode="after")
+    def _weights_take_no_difference(self) -> ShareSection:
+        if self.rank and self.stage == "weights":
+            raise ValueError(
+                f"`share.rank` is {self.rank} with `share.stage: weights`; a difference of scores can't be added to "
+                "attention weights. Set `share.rank: 0`, or `share.stage: scores`"
+            )
+        return self
+
     def spec(self, layers: Sequence[int]) -> LisaSpec:
         """The specification for the chosen layers."""
-        options = {name: getattr(self, name) for name in ("source", "rank", "key_heads", "rope")}
+        names = ("source", "stage", "rank", "key_heads", "rope", "scale", "row_center", "score_dtype")
+        options = {name: getattr(self, name) for name in names}
         return LisaSpec(shared_layers=tuple(layers), align=self.align.spec(), **options)
 
     def check_model(self, config: Any) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +16,14 @@ from transformers import AutoModelForCausalLM
 
 from eagleray.jobs.lisa import analyze, convert, evaluate, measure
 from eagleray.jobs.lisa import train as lisa_train
-from eagleray.jobs.lisa.sections import as_texts
+from eagleray.jobs.lisa.sections import ShareSection, as_texts
 from eagleray.jobs.sweep import load_space, sweep_config
 from eagleray.jobs.sweep import main as sweep
 from eagleray.models.lisa.baselines import direct_sharing
 from eagleray.models.lisa.delta import load_delta
 from eagleray.models.lisa.distill import is_lisa_parameter
 from eagleray.models.lisa.probe import token_loss
+from eagleray.models.lisa.spec import LisaSpec
 from eagleray.platform.config import ConfigError, load_config
 from eagleray.platform.pretrained import load_pretrained, load_tokenizer
 from eagleray.platform.runs import RunFolder
@@ -274,6 +276,8 @@ def test_the_loss_does_not_depend_on_company(teacher: Path, tmp_path: Path) -> N
         (["lora={rank: 2}", "phase=end_to_end", "trained=full"], "leave one out"),
         (["loss.kl=0", "loss.mse_out=0"], "phase `local` has no loss"),
         (["share.rank=5"], "must be even"),
+        (["share.stage=weights"], "can't be added to attention weights"),
+        (["share.scale=0"], "share.scale"),
         (["share.align={kind: identity, width: 2}"], "only kinds with a hidden layer"),
         (["share.rank=16"], r"takes 1\.\d+ times the arithmetic of full scores at head size 16"),
     ],
@@ -361,6 +365,27 @@ def test_a_recording_of_something_else_is_refused(teacher: Path, tmp_path: Path)
     (tmp_path / "recorded" / "recording.json").unlink()
     with pytest.raises(ConfigError, match="holds no finished recording"):
         lisa_train._prepare(load(lisa_train.Config, teacher, tmp_path, *again), run)
+
+
+def test_every_choice_of_a_shared_layer_is_a_config_field(teacher: Path, tmp_path: Path) -> None:
+    """What the paper leaves open can be set without a change of code, and arrives in the converted model."""
+    open_to_choice = {f.name for f in fields(LisaSpec)} - {
+        "shared_layers",  # `layers`, or chosen as `select` says
+        "rope_pairs",  # found by the start
+        "score_budget",  # memory, not the function
+        "base_checksum",
+    }
+    assert open_to_choice <= set(ShareSection.model_fields)
+    chosen = ["share.row_center=max", "share.scale=0.25", "share.score_dtype=float32", "share.rope=none"]
+    cfg = load(convert.Config, teacher, tmp_path, "share.layers=[3]", *chosen)
+    convert.main(cfg)
+    found = AutoModelForCausalLM.from_pretrained(Path(cfg.run.dir) / "model").config.lisa_attention
+    assert {name: found[name] for name in ("row_center", "scale", "score_dtype", "rope")} == {
+        "row_center": "max",
+        "scale": 0.25,
+        "score_dtype": "float32",
+        "rope": "none",
+    }
 
 
 def test_an_analysis_of_another_model_is_refused(teacher: Path, tmp_path: Path) -> None:
