@@ -23,6 +23,7 @@ from eagleray.jobs.selection.data import (
     LoadedSet,
     Overlap,
     PoolSection,
+    WithoutVector,
     check_models,
     load_set,
     output_row,
@@ -79,6 +80,8 @@ class Config(JobConfig):
     """Test prompts of the target; no pool may hold them."""
     overlap: Overlap = "raise"
     """Rows of a pool that the target or `held_out` has too: an error, left out, or allowed."""
+    without_vector: WithoutVector = "raise"
+    """Pairs without a stored vector, e.g. those too long for the model of `features`: an error, or left out."""
     method: Method = "transport"
     """`cosine` (LRHP), `transport` (RoVRM), or a baseline: `random`, or `longest` chosen answer."""
     features: FeatureSection = FeatureSection()
@@ -148,13 +151,17 @@ def main(cfg: Config) -> dict[str, Any]:
 
 
 def _load(cfg: Config) -> tuple[LoadedSet, list[LoadedSet]]:
-    options: dict[str, Any] = {"with_vectors": cfg.uses_vectors, "order": cfg.features.order}
+    options: dict[str, Any] = {
+        "with_vectors": cfg.uses_vectors,
+        "order": cfg.features.order,
+        "without_vector": cfg.without_vector,
+    }
     target = load_set(cfg.target, "target", **options)
     pools = [load_set(section, name, **options) for name, section in cfg.pools.items()]
     check_models([target, *pools])
     pools = [separated(pool, target, what="target", overlap=cfg.overlap) for pool in pools]
     if cfg.held_out is not None:
-        held_out = load_set(cfg.held_out, "held_out", with_vectors=False, order=None)
+        held_out = load_set(cfg.held_out, "held_out", with_vectors=False)
         pools = [separated(pool, held_out, what="test data", overlap=cfg.overlap) for pool in pools]
     return target, pools
 
@@ -292,6 +299,7 @@ def _report(
         "features": cfg.features.name if cfg.uses_features else None,
         "model_hash": loaded.model_hash,
         "pool": len(loaded.ids),
+        "without_vector": loaded.without_vector,
         "target": goal.name,
         "targets": len(goal.ids),
         "selected": len(chosen),

@@ -20,6 +20,7 @@ from eagleray.platform.data.vectors import read_vectors
 logger = logging.getLogger(__name__)
 
 Overlap = Literal["raise", "drop", "allow"]
+WithoutVector = Literal["raise", "drop"]
 
 
 class PlantedPairs(Section):
@@ -89,6 +90,8 @@ class LoadedSet:
     vectors_ND: np.ndarray | None
     model_hash: str | None
     hashes: dict[str, str]
+    without_vector: int = 0
+    """Pairs that were left out, as they have no vector."""
 
     def without(self, rows: Sequence[int]) -> LoadedSet:
         """The set without these rows."""
@@ -108,12 +111,19 @@ class LoadedSet:
         return [pair.prompt_text for pair in self.pairs or []]
 
 
-def load_set(section: DataSection, name: str, *, with_vectors: bool, order: str | None) -> LoadedSet:
+def load_set(
+    section: DataSection,
+    name: str,
+    *,
+    with_vectors: bool,
+    order: str | None = None,
+    without_vector: WithoutVector = "raise",
+) -> LoadedSet:
     """Read a pool or target; vectors are read if they are needed or are all there is.
 
     Raises:
         DataError: A file cannot be read.
-        SelectionError: A pair has no vector.
+        SelectionError: A pair has no vector and `without_vector` is `raise`, or no pair has one.
     """
     pairs, hashes = _load_pairs(section)
     sources = [str(pair.extra.get("source", "unknown")) for pair in pairs or []]
@@ -127,13 +137,18 @@ def load_set(section: DataSection, name: str, *, with_vectors: bool, order: str 
         return LoadedSet(name, table.ids, sources, None, table.vectors_ND, table.model_hash, hashes)
     row_of = {identity: row for row, identity in enumerate(table.ids)}
     missing = [pair.id for pair in pairs if pair.id not in row_of]
-    if missing:
+    if missing and (without_vector == "raise" or len(missing) == len(pairs)):
         raise SelectionError(
-            f"{len(missing)} pair(s) of {name} have no vector in {section.vectors}: {shown(missing)}."
+            f"{len(missing)} pair(s) of {name} have no vector in {section.vectors}: {shown(missing)}. Compute what is "
+            "missing; `without_vector: drop` goes on with the pairs that have one."
         )
+    if missing:
+        logger.warning("Left out %d pair(s) of %s that have no vector.", len(missing), name)
+        kept = [row for row, pair in enumerate(pairs) if pair.id in row_of]
+        pairs, sources = [pairs[row] for row in kept], [sources[row] for row in kept]
     ids = [pair.id for pair in pairs]
     vectors = table.vectors_ND[[row_of[identity] for identity in ids]]
-    return LoadedSet(name, ids, sources, pairs, vectors, table.model_hash, hashes)
+    return LoadedSet(name, ids, sources, pairs, vectors, table.model_hash, hashes, len(missing))
 
 
 def check_models(sets: Sequence[LoadedSet]) -> None:

@@ -214,6 +214,26 @@ def test_vectors_of_a_store(tmp_path: Path) -> None:
     write_rows(pairs, [{**row, "id": f"q{i}"} for i, row in enumerate(planted_pairs(40, seed=5))])
     with pytest.raises(SelectionError, match=r"40 pair\(s\) of general have no vector .* q0, q1"):
         run("cosine", tmp_path / "missing", "features.name=stored", joined, vectors[1])
+    with pytest.raises(SelectionError, match=r"40 pair\(s\) of general have no vector"):  # nothing would be left
+        run("cosine", tmp_path / "none", "features.name=stored", joined, vectors[1], "without_vector=drop")
+    write_rows(
+        pairs,
+        [
+            {**row, "id": f"q{i}" if i % 2 else f"p{i}", "source": "texts"}
+            for i, row in enumerate(planted_pairs(40, seed=5))
+        ],
+    )
+    report = run(
+        "cosine", tmp_path / "dropped", "features.name=stored", joined, vectors[1], "without_vector=drop"
+    )
+    assert report["general"]["pool"] == report["general"]["without_vector"] == 20
+    left = [
+        json.loads(line)["id"]
+        for line in (tmp_path / "dropped" / "selected" / "general.jsonl").read_text().splitlines()
+    ]
+    # The order of the pairs that are left is as before: each has its own vector still.
+    best_first = [row["id"] for row in rows if row["id"] in left]
+    assert left[: len(best_first)] == best_first and len(best_first) >= 6
 
 
 def test_vectors_of_two_models_are_refused(tmp_path: Path) -> None:
