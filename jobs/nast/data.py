@@ -10,11 +10,13 @@ import re
 import shutil
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from pydantic import Field, field_validator, model_validator
 
 from eagleray.models.nast.audio import SAMPLE_RATE, read_clips, to_pcm
@@ -38,6 +40,8 @@ from eagleray.platform.data.examples import write_examples
 logger = logging.getLogger(__name__)
 
 SUMMARY_FILE = "prepared.json"
+_CACHED_AT_ONCE = 256
+"""Utterances whose audio is in memory at a time."""
 _SHOWN_ERRORS = 5
 _PUNCTUATION = re.compile(r"[^\w\s']|_")
 
@@ -385,13 +389,20 @@ def _with_cache(
 ) -> Iterator[dict[str, Any]]:
     """Rows with features, or without a front end with 16-bit audio."""
     clips = {row.id: row.clips for row in loaded.utterances}
-    for row in rows:
+
+    def cached(row: dict[str, Any]) -> dict[str, Any]:
         waveform_N = read_clips(clips[row["id"]])
         if frontend is None:
-            yield {**row, "audio": to_pcm(waveform_N)}
-            continue
+            return {**row, "audio": to_pcm(waveform_N)}
         features_TF = frontend(waveform_N)
-        yield {**row, "length": len(features_TF), "features": features_TF.numpy().ravel()}
+        return {**row, "length": len(features_TF), "features": features_TF.numpy().ravel()}
+
+    # An utterance is too short for torch's threads to share; they would mostly wait for each other.
+    with ThreadPoolExecutor(
+        torch.get_num_threads(), initializer=torch.set_num_threads, initargs=(1,)
+    ) as pool:
+        while part := list(islice(rows, _CACHED_AT_ONCE)):
+            yield from pool.map(cached, part)
 
 
 def _warn_of_infeasible(name: str, counts: dict[str, Any]) -> None:

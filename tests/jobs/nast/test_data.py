@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import json
 import logging
-import re
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,8 @@ import numpy as np
 import pytest
 import torch
 
+from eagleray.jobs.experiment import Config as Experiment
+from eagleray.jobs.experiment import plan
 from eagleray.jobs.nast import data as nast_data
 from eagleray.jobs.nast import train
 from eagleray.jobs.nast.data import SpeechData, VocabularySection, prepare_examples
@@ -26,7 +27,7 @@ from eagleray.models.nast.frontend import Frontend
 from eagleray.models.nast.layouts import read_layout
 from eagleray.models.nast.manifest import Utterance
 from eagleray.models.nast.vocabulary import load_vocabularies
-from eagleray.platform.config import ConfigError, load_config
+from eagleray.platform.config import ConfigError, load_config, validate_config
 from eagleray.platform.data.examples import Examples
 from eagleray.platform.engine import _schedule
 from eagleray.platform.runs import RunFolder
@@ -336,16 +337,14 @@ def test_a17_the_rate_rises_for_10000_steps_and_falls_with_the_square_root() -> 
         assert cfg.optim.lr * factor(step) == pytest.approx(rate, abs=1e-7)
 
 
-def test_every_rung_of_the_ladder_in_the_docs_is_a_config() -> None:
-    page = (CONFIGS.parents[1] / "docs" / "nast.md").read_text(encoding="utf-8")
-    names = dict(re.findall(r'^(\w+)="(.*)"$', page, re.MULTILINE))
-    rungs = dict(re.findall(r'^  \[(\w+)\]="(.*)"$', page, re.MULTILINE))
-    assert list(rungs) == ["plain", "inner", "pae", "cla", "curriculum"]
+def test_every_rung_of_the_ladder_adds_one_part(tmp_path: Path) -> None:
+    file = CONFIGS.parent / "experiments" / "nast_ladder.yaml"
+    stages = plan(load_config(Experiment, file, [f"run.root={tmp_path}"]))
     configs = []
-    for overrides in rungs.values():
-        for name, value in names.items():
-            overrides = overrides.replace(f"${name}", value)
-        cfg = load_config(train.Config, CONFIGS / "fsdd_numbers.yaml", overrides.split())
+    for rung in ("plain", "inner", "pae", "cla", "curriculum"):
+        (stage,) = (stage for stage in stages if stage.name == f"{rung}-2")
+        cfg = validate_config(train.Config, stage.values, stage.name)
+        assert cfg.train.seed == 2 and cfg.data.joined == 0
         model = cfg.model.config(vocab_size=39)
         configs.append(
             (
