@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, DynamicCache, StaticCache
 from transformers.cache_utils import DynamicLayer
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
+from eagleray.models.lisa import kernels
 from eagleray.models.lisa.accounting import cache_bytes_per_token
 from eagleray.models.lisa.cache import cache_bytes
 from eagleray.models.lisa.convert import Start, convert
@@ -217,11 +218,21 @@ def test_greedy_generation_is_a_loop(make_pair: Make, ids: Tensor, architecture:
 
 
 @pytest.mark.parametrize("static", [False, True], ids=["dynamic", "static"])
-@pytest.mark.parametrize(("kv_heads", "time_last"), [(4, True), (2, False)])
-def test_time_is_last_where_each_query_head_has_its_values(
-    make_pair: Make, ids: Tensor, static: bool, kv_heads: int, time_last: bool
+@pytest.mark.parametrize(
+    ("kv_heads", "intel", "time_last"),
+    [(4, True, True), (4, False, True), (2, True, False), (2, False, True)],
+)
+def test_time_is_last_where_it_is_read_faster(
+    make_pair: Make,
+    ids: Tensor,
+    static: bool,
+    kv_heads: int,
+    intel: bool,
+    time_last: bool,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Whatever the memory, the axes are those of any cache layer."""
+    """Values of producers and shared layers, and low-rank keys; whatever the memory, the axes are as ever."""
+    monkeypatch.setattr(kernels, "_INTEL", intel)
     _, student = make_pair(config={"num_key_value_heads": kv_heads})
     cache: Any = (
         StaticCache(config=student.config, max_cache_len=20)
@@ -229,9 +240,12 @@ def test_time_is_last_where_each_query_head_has_its_values(
         else DynamicCache(config=student.config)
     )
     in_pieces(student, ids, [9, 5], cache)
-    for stored in (cache.layers[3].keys, cache.layers[3].values):
+    first = student.base_model.lisa.shared_layers[0]
+    producer, shared, plain = (cache.layers[i] for i in (first - 1, first, 0))
+    for stored in (shared.keys, shared.values, producer.values, producer.keys, plain.values):
         assert stored.shape[2] == (20 if static else 14)
-        assert (stored.stride(2) == 1) == time_last
+        last = time_last and stored is not producer.keys and stored is not plain.values
+        assert (stored.stride(2) == 1) == last
 
 
 @pytest.mark.parametrize("rank", [0, 4])
