@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -65,19 +65,63 @@ def ctc_sum(
     >>> round(ctc_sum(A, torch.tensor([4]), torch.tensor([[1, 2]]), torch.tensor([2])).item(), 6)
     1.55495
     """
-    dtype = torch.promote_types(logits_BSV.dtype, torch.float32)
-    log_probs_SBV = logits_BSV.log_softmax(-1, dtype=dtype).transpose(0, 1)
-    # cuDNN's CTC has other rules for lengths and dtypes and is not deterministic.
-    with torch.backends.cudnn.flags(enabled=False):
-        return F.ctc_loss(
-            log_probs_SBV,
-            labels_BU.long(),
-            lengths_B.long(),
-            label_lengths_B.long(),
-            blank=blank_id,
-            reduction="sum",
-            zero_infinity=zero_infinity,
-        )
+    return _LabelCtc.apply(logits_BSV, lengths_B, labels_BU, label_lengths_B, blank_id, zero_infinity)
+
+
+class _LabelCtc(torch.autograd.Function):
+    """CTC on the few columns of logits that a clip's labels need; the rest of the vocabulary enters by its normaliser.
+
+    The gradient by logits is the softmax less each label's share of the paths, so nothing of the size of the
+    vocabulary is kept for the backward pass but the logits, and it makes one pass over them.
+
+    Further shapes: K = 1 + U columns, the blank first.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        logits_BSV: Tensor,
+        lengths_B: Tensor,
+        labels_BU: Tensor,
+        label_lengths_B: Tensor,
+        blank_id: int,
+        zero_infinity: bool,
+    ) -> Tensor:
+        ctx.dtype = torch.promote_types(logits_BSV.dtype, torch.float32)
+        padding_BU = torch.arange(labels_BU.shape[1], device=labels_BU.device) >= label_lengths_B[:, None]
+        columns_BK = F.pad(labels_BU.long().masked_fill(padding_BU, blank_id), (1, 0), value=blank_id)
+        # A label that comes again uses the column of its first time, as CTC wants a blank between equal neighbours.
+        places_BU = (columns_BK[:, 1:, None] == columns_BK[:, None, :]).byte().argmax(-1)
+        columns_BSK = columns_BK[:, None].expand(-1, logits_BSV.shape[1], -1)
+        log_probs_BSK = logits_BSV.log_softmax(-1, dtype=ctx.dtype).gather(-1, columns_BSK)
+        needs_gradient = ctx.needs_input_grad[0]
+        # cuDNN's CTC has other rules for lengths and dtypes and is not deterministic.
+        with torch.set_grad_enabled(needs_gradient), torch.backends.cudnn.flags(enabled=False):
+            log_probs_BSK.requires_grad_(needs_gradient)
+            losses_B = F.ctc_loss(
+                log_probs_BSK.transpose(0, 1),
+                places_BU,
+                lengths_B.long(),
+                label_lengths_B.long(),
+                reduction="none",
+            )
+            total = losses_B.sum()
+        counts_B = losses_B.isfinite() if zero_infinity else torch.ones_like(losses_B, dtype=torch.bool)
+        if needs_gradient:
+            (gradient_BSK,) = torch.autograd.grad(total, log_probs_BSK)
+            # Torch's gradient is probability less share: it takes for granted that a log-softmax came before.
+            shares_BSK = log_probs_BSK.detach().exp() - gradient_BSK
+            frames_S = torch.arange(logits_BSV.shape[1], device=logits_BSV.device)
+            used_BS1 = ((frames_S < lengths_B[:, None]) & counts_B[:, None])[..., None]
+            ctx.save_for_backward(logits_BSV, columns_BSK, torch.where(used_BS1, shares_BSK, 0.0), used_BS1)
+        return torch.where(counts_B, losses_B.detach(), 0.0).sum()
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        logits_BSV, columns_BSK, shares_BSK, used_BS1 = ctx.saved_tensors
+        found_BSV = logits_BSV.softmax(-1, dtype=ctx.dtype).mul_(used_BS1)
+        found_BSV.scatter_add_(-1, columns_BSK, -shares_BSK).mul_(grad_outputs[0])
+        return found_BSV.to(logits_BSV.dtype), None, None, None, None, None
 
 
 def ctc_terms(

@@ -15,6 +15,7 @@ from nast_cases import (
     tiny_sibling,
 )
 from torch import Tensor
+from torch.nn.functional import ctc_loss
 
 from eagleray.models.nast.curriculum import Mixing
 from eagleray.models.nast.encoder import Prediction
@@ -93,6 +94,28 @@ def test_a4_padding_changes_neither_loss_nor_gradient() -> None:
     loss.backward()
     assert loss.item() == pytest.approx(1.554950 + 1.835085 + 2.859455, abs=2e-6)
     assert padded.grad is not None and padded.grad[:, 4:].abs().max() == 0.0
+
+
+def test_value_and_gradient_are_those_of_ctc_on_the_whole_vocabulary() -> None:
+    """With labels that come again, next to each other too, empty ones, clips too short for theirs, and padding."""
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(24, 20, 30, generator=generator, dtype=torch.float64)
+    labels = torch.randint(1, 30, (24, 8), generator=generator)
+    labels[:8] = labels[:8] % 2 + 1
+    lengths = torch.randint(4, 21, (24,), generator=generator)
+    counts = torch.randint(0, 9, (24,), generator=generator)
+    counts[0], lengths[1], counts[1] = 0, 4, 8
+    ours, theirs = (logits.clone().requires_grad_() for _ in range(2))
+    loss = ctc_sum(ours, lengths, labels, counts)
+    log_probs = theirs.log_softmax(-1).transpose(0, 1)
+    expected = ctc_loss(log_probs, labels, lengths, counts, reduction="sum", zero_infinity=True)
+    torch.testing.assert_close(loss, expected, atol=1e-9, rtol=1e-9)
+    (3 * loss).backward()
+    (3 * expected).backward()
+    assert ours.grad is not None and theirs.grad is not None and not ours.grad[1].any()
+    torch.testing.assert_close(ours.grad, theirs.grad, atol=1e-9, rtol=1e-9)
+    with torch.no_grad():
+        assert ctc_sum(logits, lengths, labels, counts) == loss
 
 
 def test_losses_are_computed_in_float32() -> None:
