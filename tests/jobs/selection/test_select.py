@@ -214,9 +214,8 @@ def test_vectors_of_a_store(tmp_path: Path) -> None:
     write_rows(pairs, [{**row, "id": f"q{i}"} for i, row in enumerate(planted_pairs(40, seed=5))])
     with pytest.raises(SelectionError, match=r"40 pair\(s\) of general have no vector .* q0, q1"):
         run("cosine", tmp_path / "missing", "features.name=stored", joined, vectors[1])
-    with pytest.raises(
-        SelectionError, match=r"40 pair\(s\) of general have no vector"
-    ):  # nothing would be left
+    # Nothing would be left.
+    with pytest.raises(SelectionError, match=r"40 pair\(s\) of general have no vector"):
         run("cosine", tmp_path / "none", "features.name=stored", joined, vectors[1], "without_vector=drop")
     write_rows(
         pairs,
