@@ -10,6 +10,7 @@ from typing import Any, Protocol, cast
 from pydantic import ConfigDict
 
 from eagleray.platform.config import Config, ConfigError, load_config
+from eagleray.platform.imports import imports
 from eagleray.platform.sections import JobConfig
 
 JOBS = {
@@ -71,7 +72,8 @@ def load_job(name: str) -> Job:
         near = difflib.get_close_matches(name, JOBS, n=1)
         hint = f" Did you mean `{near[0]}`?" if near else ""
         raise ConfigError(f"There is no job `{name}`.{hint} The jobs are: {', '.join(sorted(JOBS))}.")
-    return cast(Job, importlib.import_module(JOBS[name]))
+    with imports():
+        return cast(Job, importlib.import_module(JOBS[name]))
 
 
 def job_name(path: str | Path) -> str:

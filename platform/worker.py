@@ -10,6 +10,8 @@ import logging
 import os
 from typing import Any
 
+from eagleray.platform.imports import imports
+
 
 def train_worker(loop: dict[str, Any]) -> dict[str, float] | None:
     """Build the task and train it; `None` if the run was asked to stop.
@@ -17,29 +19,32 @@ def train_worker(loop: dict[str, Any]) -> dict[str, float] | None:
     Args:
         loop: `task`, `config_class` ("module:name"), `config` (JSON), `run_dir` and `threads`.
     """
-    import ray.train
-    import torch
-    import torch.distributed as dist
-    from transformers.utils import logging as transformers_logging
+    with imports():
+        import ray.train
+        import torch
+        import torch.distributed as dist
+        from transformers.utils import logging as transformers_logging
 
-    from eagleray.platform.config import validate_config
-    from eagleray.platform.remote import leads_node, open_folder
-    from eagleray.platform.training import run_training
+        from eagleray.platform.config import validate_config
+        from eagleray.platform.remote import leads_node, open_folder
+        from eagleray.platform.training import run_training
+
+        if not torch.cuda.is_available():
+            os.environ["DS_ACCELERATOR"] = "cpu"  # before anything imports DeepSpeed
+        task_class, config_class = _load(loop["task"]), _load(loop["config_class"])
 
     # Ray would log every report of every worker; our own progress says what matters.
     logging.getLogger().setLevel(logging.WARNING)
     logging.getLogger("eagleray").setLevel(logging.INFO)
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
     transformers_logging.disable_progress_bar()
-    if not torch.cuda.is_available():
-        os.environ["DS_ACCELERATOR"] = "cpu"
     torch.set_num_threads(loop["threads"])
-    cfg = validate_config(_load(loop["config_class"]), loop["config"], "worker")
+    cfg = validate_config(config_class, loop["config"], "worker")
     folder = open_folder(loop["run_dir"])
     if leads_node():
         folder.receive_data()
     dist.barrier()
-    task = _load(loop["task"])(cfg, folder.path / "data")
+    task = task_class(cfg, folder.path / "data")
     return run_training(task, cfg, folder, report=ray.train.report, evicted=_evicted)
 
 

@@ -23,7 +23,6 @@ from rich.table import Table
 
 from eagleray.jobs.nast.data import SpeechRules, SpeechSource, SyntheticSpeech
 from eagleray.jobs.nast.translation import TranslatorSection, translate_utterances
-from eagleray.models.nast.config import NastConfig
 from eagleray.models.nast.manifest import Utterance
 from eagleray.models.nast.metrics import (
     REORDERING_EDGES,
@@ -39,6 +38,7 @@ from eagleray.models.nast.plots import plot_buckets, plot_scores
 from eagleray.models.nast.reordering import reordering
 from eagleray.models.nast.subsampler import subsampled_length
 from eagleray.models.nast.synthetic import write_corpus
+from eagleray.models.nast.translator import model_class
 from eagleray.models.nast.vocabulary import ctc_length, load_vocabularies
 from eagleray.platform.cluster import connected
 from eagleray.platform.runs import RunFolder
@@ -226,7 +226,7 @@ def _figures(
 
 def _infeasible_share(folder: Path, rows: Sequence[Row], references: Sequence[str]) -> float:
     """Share of references that are too long for CTC after the model's subsampling."""
-    strides = NastConfig.from_pretrained(folder).all_strides
+    strides = model_class(folder).config_class.from_pretrained(folder).all_strides
     target, _ = load_vocabularies(folder)
     too_long = [
         ctc_length(target.encode(text)) > subsampled_length(max(1, int(row["frames"])), strides)

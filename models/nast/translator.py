@@ -79,6 +79,21 @@ def decode(model: SpeechModel, features_BTF: Tensor, lengths_B: Tensor, *, beam:
     return [Decoded(t.tokens, s, t.log_prob) for t, s in zip(targets, sources, strict=True)]
 
 
+def model_class(folder: Path) -> type[SpeechModel]:
+    """Class of the model in a model folder of `nast.train`.
+
+    Raises:
+        ValueError: The folder is not such a folder.
+    """
+    config = folder / "config.json"
+    if not config.is_file():
+        raise ValueError(f"{folder} holds no config.json; give the `model` folder of a run of `nast.train`.")
+    kind = json.loads(config.read_text(encoding="utf-8")).get("model_type")
+    if kind not in _CLASSES:
+        raise ValueError(f"{config}: the model is a {kind!r}; it must be one of {', '.join(_CLASSES)}.")
+    return _CLASSES[kind]
+
+
 class Translator:
     """A model with its front end and vocabularies.
 
@@ -114,17 +129,10 @@ class Translator:
         Raises:
             ValueError: The folder is not such a folder.
         """
-        config = folder / "config.json"
-        if not config.is_file():
-            raise ValueError(
-                f"{folder} holds no config.json; give the `model` folder of a run of `nast.train`."
-            )
-        kind = json.loads(config.read_text(encoding="utf-8")).get("model_type")
-        if kind not in _CLASSES:
-            raise ValueError(f"{config}: the model is a {kind!r}; it must be one of {', '.join(_CLASSES)}.")
+        found = model_class(folder)
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
-        model = cast(Any, _CLASSES[kind].from_pretrained(folder, use_safetensors=True)).to(device)
+        model = cast(Any, found.from_pretrained(folder, use_safetensors=True)).to(device)
         target, source = load_vocabularies(folder)
         frontend = Frontend.load(folder)
         return cls(model, frontend, target, source, beam=beam, max_batch_frames=max_batch_frames)
