@@ -13,7 +13,7 @@ from eagleray.models.nast.autoregressive import AutoregressiveModel
 from eagleray.models.nast.config import AutoregressiveConfig, NastConfig
 from eagleray.models.nast.frontend import Frontend
 from eagleray.models.nast.model import NastModel
-from eagleray.models.nast.translator import Translator
+from eagleray.models.nast.translator import Translator, model_class
 from eagleray.models.nast.vocabulary import Vocabulary, save_vocabularies
 
 SIZES = {
@@ -64,6 +64,13 @@ def test_a_result_does_not_depend_on_batch_mates(folder: Path, beam: int) -> Non
         assert (alone.text, alone.transcript) == (row.text, row.transcript)
         assert alone.score == pytest.approx(row.score, abs=1e-3) and np.isfinite(row.score)
     assert translator.translate([]) == []
+
+
+def test_a_config_is_read_as_that_of_its_model(folder: Path) -> None:
+    found = model_class(folder)
+    config = found.config_class.from_pretrained(folder)
+    assert config.model_type == json.loads((folder / "config.json").read_text())["model_type"]
+    assert config.all_strides == found.from_pretrained(folder).config.all_strides
 
 
 def test_folders_that_are_no_model(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
