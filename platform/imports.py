@@ -11,8 +11,8 @@ from collections.abc import Iterator
 def imports() -> Iterator[None]:
     """Import torch, transformers and the like without the garbage collector.
 
-    They make a million objects that stay; to search these for garbage as they come takes a sixth of the time, in every
-    process of a run.
+    They make hundreds of thousands of objects that stay; to search these for garbage as they come takes a sixth of the
+    time, in every process of a run.
     """
     enabled = gc.isenabled()
     gc.disable()
