@@ -25,6 +25,7 @@ from eagleray.jobs.nast.data import SpeechRules, SpeechSource, SyntheticSpeech
 from eagleray.jobs.nast.translation import TranslatorSection, translate_utterances
 from eagleray.models.nast.manifest import Utterance
 from eagleray.models.nast.metrics import (
+    LENGTH_EDGES,
     REORDERING_EDGES,
     bleu,
     bleu_estimate,
@@ -46,8 +47,6 @@ from eagleray.platform.scoring import Row
 from eagleray.platform.sections import JobConfig
 
 JOB = "nast.evaluate"
-LENGTH_EDGES = (0, 5, 10, 20, 40, 1000)
-"""Edges of the buckets of words in the reference."""
 logger = logging.getLogger(__name__)
 
 

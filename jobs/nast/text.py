@@ -4,7 +4,8 @@
 
 Data are parallel text files, line n of one translating line n of the other, plain or gzip. The model is
 `models/nast/text.py`; losses, curriculum mixing and the loop are those of `nast.train`. With `data.test` the finished
-model translates these sentences greedily, and `test.json` in the run folder has BLEU with its signature and interval.
+model translates these sentences greedily: `test.jsonl` in the run folder has the translations, `test.json` BLEU with its
+signature and interval, by length and by how much a sentence is re-ordered.
 """
 
 from __future__ import annotations
@@ -25,8 +26,16 @@ from eagleray.jobs.nast.data import VocabularySection
 from eagleray.jobs.nast.model import CurriculumSection
 from eagleray.models.nast.decoding import greedy
 from eagleray.models.nast.losses import LossWeights
-from eagleray.models.nast.metrics import bleu, bleu_estimate, exact_match
+from eagleray.models.nast.metrics import (
+    LENGTH_EDGES,
+    REORDERING_EDGES,
+    bleu,
+    bleu_estimate,
+    by_bucket,
+    exact_match,
+)
 from eagleray.models.nast.prediction import AdapterKind
+from eagleray.models.nast.reordering import reordering
 from eagleray.models.nast.text import TextConfig, TextModel, text_loss
 from eagleray.models.nast.vocabulary import (
     PAD_ID,
@@ -217,27 +226,44 @@ def main(cfg: Config, **options: Any) -> TrainedRun:
     """Learn the vocabulary on the driver, train, and translate the test pairs."""
     run = train(TextTask, cfg, job=JOB, prepare=lambda run: _prepare(cfg, run), **options)
     if cfg.data.test is not None:
-        report = evaluate_model(run.path / "model", cfg.data.test.pairs(cfg.data.root))
+        pairs = cfg.data.test.pairs(cfg.data.root)
+        texts = translate(run.path / "model", [source for source, _ in pairs])
+        with (run.path / "test.jsonl").open("w", encoding="utf-8") as file:
+            for (source, target), text in zip(pairs, texts, strict=True):
+                row = {"source": source, "target": target, "text": text}
+                file.write(json.dumps(row, ensure_ascii=False) + "\n")
+        report = figures(pairs, texts)
         (run.path / "test.json").write_text(json.dumps(report, indent=1), encoding="utf-8")
         logger.info("test BLEU %.1f", report["bleu"]["value"])
     return run
 
 
-def evaluate_model(folder: Path, pairs: Sequence[tuple[str, str]]) -> dict[str, Any]:
-    """BLEU of a model folder on sentence pairs, with signature and interval."""
+def translate(folder: Path, sources: Sequence[str]) -> list[str]:
+    """Greedy translations by the model of a folder."""
     model = TextModel.from_pretrained(folder, use_safetensors=True).eval()
     vocabulary, _ = load_vocabularies(folder)
     texts: list[str] = []
-    for start in range(0, len(pairs), _TEST_BATCH):
-        ids = [np.array(vocabulary.encode(source)) for source, _ in pairs[start : start + _TEST_BATCH]]
+    for start in range(0, len(sources), _TEST_BATCH):
+        ids = [np.array(vocabulary.encode(source)) for source in sources[start : start + _TEST_BATCH]]
         texts += [vocabulary.decode(found) for found in decode(model, *pad(ids))]
-    targets = [target for _, target in pairs]
+    return texts
+
+
+def figures(pairs: Sequence[tuple[str, str]], texts: Sequence[str]) -> dict[str, Any]:
+    """BLEU of translations of sentence pairs, whole and by buckets, and exact match."""
+    sources, targets = [source for source, _ in pairs], [target for _, target in pairs]
     value, estimate = bleu(texts, targets), bleu_estimate(texts, targets)
+
+    def score(indices: list[int]) -> float:
+        return bleu([texts[i] for i in indices], [targets[i] for i in indices]).score
+
     return {
         "sentences": len(pairs),
         "bleu": {"value": value.score, "low": estimate.low, "high": estimate.high},
         "signature": value.signature,
         "exact_match": exact_match(texts, targets),
+        "by_length": by_bucket([len(target.split()) for target in targets], LENGTH_EDGES, score),
+        "by_reordering": by_bucket(reordering(sources, targets), REORDERING_EDGES, score),
     }
 
 

@@ -18,6 +18,8 @@ from torch import Tensor
 
 from eagleray.models.nast.alignment import required_frames
 
+LENGTH_EDGES = (0, 5, 10, 20, 40, 1000)
+"""Edges of the buckets of words in the reference."""
 REORDERING_EDGES = (0.0, 0.1, 0.2, 0.3, 1.0)
 """Edges of the buckets of Kendall tau distance; the first holds the monotone utterances alone."""
 

@@ -59,6 +59,17 @@ def test_contradictions_are_refused(override: str, message: str) -> None:
         load_config(text.Config, CONFIG, [override])
 
 
+def test_figures_by_how_much_a_sentence_is_turned() -> None:
+    """Monotone sentences are translated, turned ones are not."""
+    monotone = [(f"a{i} b{i} c{i} d{i}", f"A{i} B{i} C{i} D{i}") for i in range(4)]
+    turned = [(f"a{i} b{i} c{i} d{i}", f"D{i} C{i} B{i} A{i}") for i in range(4)]
+    single = [(f"{s}{i}", f"{s.upper()}{i}") for i in range(4) for s in "abcd"]
+    found = text.figures(monotone + turned + single, [target for _, target in monotone] + ["x"] * 20)
+    scores = {row["to"]: (row["count"], row["score"]) for row in found["by_reordering"]}
+    assert scores[1.0] == (4, 0.0) and scores[0.0][0] == 20 and scores[0.0][1] > 0
+    assert found["exact_match"] == pytest.approx(4 / 24)
+
+
 @pytest.mark.ray
 @pytest.mark.usefixtures("ray_cluster")
 def test_a_run_trains_and_translates_the_test_set(tmp_path: Path) -> None:
@@ -83,5 +94,9 @@ def test_a_run_trains_and_translates_the_test_set(tmp_path: Path) -> None:
         and report["bleu"]["low"] <= report["bleu"]["value"] <= report["bleu"]["high"]
     )
     assert "tok:13a" in report["signature"]
+    rows = [json.loads(line) for line in (run.path / "test.jsonl").read_text().splitlines()]
+    assert [row["source"] for row in rows] == source.splitlines()
+    assert [row["text"] for row in rows] == text.translate(run.path / "model", source.splitlines())
+    assert [sum(row["count"] for row in report[key]) for key in ("by_length", "by_reordering")] == [9, 9]
     counts = json.loads((run.path / "manifest.json").read_text())["data"]
     assert counts["train"] == {"sentences": 9, "infeasible_targets": 0}
