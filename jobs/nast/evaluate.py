@@ -14,7 +14,7 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import numpy as np
 from pydantic import Field, model_validator
@@ -23,6 +23,7 @@ from rich.table import Table
 
 from eagleray.jobs.nast.data import SpeechRules, SpeechSource, SyntheticSpeech
 from eagleray.jobs.nast.translation import TranslatorSection, translate_utterances
+from eagleray.models.nast.config import NastConfig
 from eagleray.models.nast.manifest import Utterance
 from eagleray.models.nast.metrics import (
     LENGTH_EDGES,
@@ -225,7 +226,8 @@ def _figures(
 
 def _infeasible_share(folder: Path, rows: Sequence[Row], references: Sequence[str]) -> float:
     """Share of references that are too long for CTC after the model's subsampling."""
-    strides = model_class(folder).config_class.from_pretrained(folder).all_strides
+    config_class = cast("type[NastConfig]", model_class(folder).config_class)
+    strides = config_class.from_pretrained(folder).all_strides
     target, _ = load_vocabularies(folder)
     too_long = [
         ctc_length(target.encode(text)) > subsampled_length(max(1, int(row["frames"])), strides)
