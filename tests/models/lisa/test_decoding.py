@@ -219,20 +219,20 @@ def test_greedy_generation_is_a_loop(make_pair: Make, ids: Tensor, architecture:
 
 @pytest.mark.parametrize("static", [False, True], ids=["dynamic", "static"])
 @pytest.mark.parametrize(
-    ("kv_heads", "intel", "time_last"),
-    [(4, True, True), (4, False, True), (2, True, False), (2, False, True)],
+    ("kv_heads", "left", "time_last"),
+    [(4, True, True), (4, False, True), (2, True, True), (2, False, False)],
 )
 def test_time_is_last_where_it_is_read_faster(
     make_pair: Make,
     ids: Tensor,
     static: bool,
     kv_heads: int,
-    intel: bool,
+    left: bool,
     time_last: bool,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Values of producers and shared layers, and low-rank keys; whatever the memory, the axes are as ever."""
-    monkeypatch.setattr(kernels, "_INTEL", intel)
+    monkeypatch.setattr(kernels, "_VALUES_ON_THE_LEFT", left)
     _, student = make_pair(config={"num_key_value_heads": kv_heads})
     cache: Any = (
         StaticCache(config=student.config, max_cache_len=20)

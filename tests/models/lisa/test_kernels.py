@@ -22,13 +22,13 @@ def test_scores_are_those_of_repeated_keys(
     torch.testing.assert_close(kernels.full_scores(q, k, 0.3), expected, atol=1e-6, rtol=1e-5)
 
 
-@pytest.mark.parametrize("intel", [True, False])
+@pytest.mark.parametrize("left", [True, False])
 @pytest.mark.parametrize("time_last", [True, False])
 @pytest.mark.parametrize(("heads", "groups", "queries"), [(4, 4, 1), (4, 1, 1), (6, 2, 3)])
 def test_outputs_are_those_of_repeated_values(
-    intel: bool, time_last: bool, heads: int, groups: int, queries: int, monkeypatch: pytest.MonkeyPatch
+    left: bool, time_last: bool, heads: int, groups: int, queries: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(kernels, "_INTEL", intel)
+    monkeypatch.setattr(kernels, "_VALUES_ON_THE_LEFT", left)
     monkeypatch.setattr(kernels, "_OUTGROWS_CACHES", 4)
     generator = torch.Generator().manual_seed(0)
     weights = torch.randn(2, heads, queries, 11, generator=generator)
