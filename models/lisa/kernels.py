@@ -23,7 +23,8 @@ _CPU = Path("/proc/cpuinfo")
 _INTEL = _CPU.is_file() and "GenuineIntel" in _CPU.read_text(encoding="utf-8", errors="replace")
 """Whether the maker of the processor is known to be Intel."""
 _VALUES_ON_THE_LEFT = not _INTEL and torch.backends.cpu.get_cpu_capability() == "AVX2"
-"""Whether MKL streams values of several rows fastest as the left factor: on AMD's processors without AVX-512."""
+"""Whether values of several rows are the left factor. MKL was faster so on one AMD processor and slower on one with
+AVX-512 (docs/decisions/0007-lisa-time-last-cache.md)."""
 _OUTGROWS_CACHES = 4096
 """Keys of a head from which on a decoding step is bound by reading them from memory."""
 
@@ -31,8 +32,7 @@ _OUTGROWS_CACHES = 4096
 def keep_time_last(rows: int, device: torch.device) -> bool:
     """Whether values that `rows` query heads have in common are read faster if time is the last axis of their memory.
 
-    Measured on CPUs: one row on all, two to eight where MKL streams the values fastest as the left factor
-    (`weighted_values`).
+    Measured on CPUs: one row on all, two to eight where the values are the left factor (`weighted_values`).
     """
     return rows == 1 or (device.type == "cpu" and _VALUES_ON_THE_LEFT)
 
