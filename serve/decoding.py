@@ -14,7 +14,7 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from typing import Protocol, Self
 
-from eagleray.models.backbone.decoding import Continuation
+from eagleray.models.backbone.decoding import Continuation, FinishReason
 from eagleray.serve.batching import BatcherClosed, QueueFull
 
 
@@ -43,8 +43,12 @@ class Progress:
         """From the thread: something changed."""
         self._loop.call_soon_threadsafe(self._changed.set)
 
-    async def changes(self) -> AsyncIterator[None]:
-        """One turn for each look at `continuation` that may show something new; ends after the last.
+    async def changes(self) -> AsyncIterator[FinishReason | None]:
+        """One turn for each look at `continuation` that may show something new.
+
+        Yields:
+            `None` while more may come; in the last turn how the continuation ended. The thread goes on writing during a
+            turn, so this and not `continuation.finished` tells the turns apart.
 
         Raises:
             Exception: What the model raised on it.
@@ -54,8 +58,8 @@ class Progress:
             self._changed.clear()
             if self.error is not None:
                 raise self.error
-            ended = self.continuation.finished is not None
-            yield
+            ended = self.continuation.finished
+            yield ended
             if ended:
                 return
 

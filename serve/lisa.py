@@ -17,7 +17,7 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from fastapi import FastAPI
@@ -96,25 +96,29 @@ class LoadedModel:
         return [*(given if isinstance(given, list) else [given]), self.tokenizer.eos_token_id]
 
 
+class Piece(NamedTuple):
+    """A part of a text."""
+
+    text: str
+    finish_reason: FinishReason | None
+    """Why the text ends here; `None` if it goes on."""
+
+
 @dataclass
-class _Row:
+class Row:
     """A continuation on its way to a client."""
 
     index: int
     progress: Progress
     stream: TextStream
-    finish_reason: FinishReason | None = None
 
-    async def pieces(self) -> AsyncIterator[str]:
-        """New text, as it becomes certain; `finish_reason` is set with the last piece."""
-        continuation = self.progress.continuation
-        async for _ in self.progress.changes():
-            ended = continuation.finished
-            tokens = list(continuation.tokens)
+    async def pieces(self) -> AsyncIterator[Piece]:
+        """New text, as it becomes certain; the last piece alone has a finish reason."""
+        async for ended in self.progress.changes():
+            tokens = list(self.progress.continuation.tokens)
             text = self.stream.feed(tokens) + (self.stream.close(tokens) if ended else "")
-            self.finish_reason = "stop" if self.stream.stopped else ended
             self.progress.given_up = self.stream.stopped  # its row is free for others
-            yield text
+            yield Piece(text, "stop" if self.stream.stopped else ended)
             if self.stream.stopped:
                 return
 
@@ -164,7 +168,7 @@ class LisaService:
     @asynccontextmanager
     async def continued(
         self, request: CompletionRequest | ChatRequest, prompts: Sequence[list[int]]
-    ) -> AsyncIterator[list[_Row]]:
+    ) -> AsyncIterator[list[Row]]:
         """Decode `n` continuations of each prompt for the length of the block."""
         seed = secrets.randbits(62) if request.seed is None else request.seed
         asked = request.max_tokens
@@ -184,7 +188,7 @@ class LisaService:
         async with self.loop.decoding(continuations) as handed_in:
             try:
                 yield [
-                    _Row(index, progress, TextStream(self.model.tokenizer, stop=request.stops))
+                    Row(index, progress, TextStream(self.model.tokenizer, stop=request.stops))
                     for index, progress in enumerate(handed_in)
                 ]
             finally:
@@ -205,26 +209,27 @@ class LisaService:
         return asked or min(most, room)
 
 
-def usage_of(rows: Sequence[_Row], prompts: Sequence[list[int]]) -> Usage:
+def usage_of(rows: Sequence[Row], prompts: Sequence[list[int]]) -> Usage:
     """Token counts of a request."""
     read = sum(map(len, prompts))
     written = sum(len(row.progress.continuation.tokens) for row in rows)
     return Usage(prompt_tokens=read, completion_tokens=written, total_tokens=read + written)
 
 
-async def whole_text(row: _Row) -> str:
+async def whole_text(row: Row) -> Piece:
     """The text of a continuation when it has ended."""
-    return "".join([piece async for piece in row.pieces()])
+    pieces = [piece async for piece in row.pieces()]
+    return Piece("".join(piece.text for piece in pieces), pieces[-1].finish_reason)
 
 
-async def interleaved(rows: Sequence[_Row]) -> AsyncIterator[tuple[_Row, str]]:
-    """Pieces of all rows as they come; the last of a row has its finish reason set."""
-    arrived: asyncio.Queue[tuple[_Row, str | Exception | None]] = asyncio.Queue()
+async def interleaved(rows: Sequence[Row]) -> AsyncIterator[tuple[Row, Piece]]:
+    """Pieces of all rows as they come, empty ones left out unless they are the last of their row."""
+    arrived: asyncio.Queue[tuple[Row, Piece | Exception | None]] = asyncio.Queue()
 
-    async def follow(row: _Row) -> None:
+    async def follow(row: Row) -> None:
         try:
             async for piece in row.pieces():
-                if piece or row.finish_reason:
+                if any(piece):
                     arrived.put_nowait((row, piece))
         except Exception as error:  # noqa: BLE001 - handed to the one who reads
             arrived.put_nowait((row, error))
@@ -276,8 +281,8 @@ def lisa_app(service: LisaService, args: Args) -> FastAPI:
         head = _head("cmpl", service.model)
         if request.stream:
 
-            def chunk(row: _Row, piece: str, first: bool) -> BaseModel:
-                choice = CompletionChoice(index=row.index, text=piece, finish_reason=row.finish_reason)
+            def chunk(row: Row, piece: Piece, first: bool) -> BaseModel:
+                choice = CompletionChoice(index=row.index, text=piece.text, finish_reason=piece.finish_reason)
                 return Completion(**head, choices=[choice])
 
             last = partial(Completion, **head, choices=[])
@@ -285,8 +290,8 @@ def lisa_app(service: LisaService, args: Args) -> FastAPI:
         async with service.continued(request, prompts) as rows:
             texts = await asyncio.gather(*map(whole_text, rows))
             choices = [
-                CompletionChoice(index=row.index, text=text, finish_reason=row.finish_reason)
-                for row, text in zip(rows, texts, strict=True)
+                CompletionChoice(index=row.index, text=text, finish_reason=finish_reason)
+                for row, (text, finish_reason) in zip(rows, texts, strict=True)
             ]
             return Completion(**head, choices=choices, usage=usage_of(rows, prompts))
 
@@ -302,9 +307,9 @@ def lisa_app(service: LisaService, args: Args) -> FastAPI:
         head = _head("chatcmpl", service.model)
         if request.stream:
 
-            def chunk(row: _Row, piece: str, first: bool) -> BaseModel:
-                delta = Delta(role="assistant" if first else None, content=piece)
-                choice = ChunkChoice(index=row.index, delta=delta, finish_reason=row.finish_reason)
+            def chunk(row: Row, piece: Piece, first: bool) -> BaseModel:
+                delta = Delta(role="assistant" if first else None, content=piece.text)
+                choice = ChunkChoice(index=row.index, delta=delta, finish_reason=piece.finish_reason)
                 return ChatCompletionChunk(**head, choices=[choice])
 
             last = partial(ChatCompletionChunk, **head, choices=[])
@@ -313,9 +318,9 @@ def lisa_app(service: LisaService, args: Args) -> FastAPI:
             texts = await asyncio.gather(*map(whole_text, rows))
             choices = [
                 ChatChoice(
-                    index=row.index, message=AssistantMessage(content=text), finish_reason=row.finish_reason
+                    index=row.index, message=AssistantMessage(content=text), finish_reason=finish_reason
                 )
-                for row, text in zip(rows, texts, strict=True)
+                for row, (text, finish_reason) in zip(rows, texts, strict=True)
             ]
             return ChatCompletion(**head, choices=choices, usage=usage_of(rows, prompts))
 
@@ -339,7 +344,7 @@ async def _streamed(
     service: LisaService,
     request: CompletionRequest | ChatRequest,
     prompts: Sequence[list[int]],
-    chunk: Callable[[_Row, str, bool], BaseModel],
+    chunk: Callable[[Row, Piece, bool], BaseModel],
     last: Callable[..., BaseModel],
     timeout_s: float,
 ) -> Response:

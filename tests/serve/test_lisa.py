@@ -20,11 +20,12 @@ from fastapi.testclient import TestClient
 
 from eagleray.jobs.serve import serving
 from eagleray.models.backbone.decoding import Continuation
+from eagleray.models.backbone.streaming import TextStream
 from eagleray.models.lisa.convert import Start, convert
 from eagleray.models.lisa.spec import LisaSpec
 from eagleray.serve.batching import BatcherClosed, QueueFull
 from eagleray.serve.decoding import DecodingLoop, Progress
-from eagleray.serve.lisa import Args, LisaService, LoadedModel, lisa_app
+from eagleray.serve.lisa import Args, LisaService, LoadedModel, Row, interleaved, lisa_app
 
 
 @lru_cache
@@ -254,6 +255,63 @@ def test_a_row_no_longer_counts_when_its_client_is_told(monkeypatch: pytest.Monk
 
     asyncio.run(asyncio.wait_for(main(), 20))
     assert pending == [0]
+
+
+def test_only_the_last_piece_has_a_finish_reason_however_late_it_is_read() -> None:
+    """A row may have ended long before the client reads its first piece."""
+    gate = threading.Semaphore(0)
+
+    async def pace() -> None:
+        while True:
+            gate.release()
+            await asyncio.sleep(0.01)
+
+    async def main() -> None:
+        reasons: dict[int, list[str | None]] = {0: [], 1: []}
+        async with (
+            DecodingLoop(
+                lambda: SlowDecoder(gate, []), max_rows=3, max_batch_tokens=100, max_pending=6
+            ) as loop,
+            loop.decoding([Continuation([1], max_tokens=most) for most in (20, 30)]) as handed_in,
+        ):
+            rows = [Row(index, one, TextStream(loaded().tokenizer)) for index, one in enumerate(handed_in)]
+            steps = asyncio.create_task(pace())
+            async for row, piece in interleaved(rows):
+                while loop.pending:
+                    await asyncio.sleep(0.01)
+                reasons[row.index].append(piece.finish_reason)
+            steps.cancel()
+        for own in reasons.values():
+            assert len(own) > 1 and own == [None] * (len(own) - 1) + ["length"]
+
+    asyncio.run(asyncio.wait_for(main(), 20))
+
+
+def test_a_continuation_that_ends_during_a_turn_has_ended_in_the_next() -> None:
+    class Ends(Continuation):
+        """The thread writes its end just after the first look at it."""
+
+        looks = 0
+
+        @property
+        def finished(self) -> str | None:  # type: ignore[override]
+            self.looks += 1
+            return "length" if self.looks > 1 else None
+
+        @finished.setter
+        def finished(self, _: str | None) -> None: ...
+
+    async def main() -> list[str | None]:
+        progress = Progress(Ends([1], max_tokens=3), asyncio.get_running_loop())
+        progress.continuation.tokens += [5, 6, 7]
+        reasons = []
+        progress.notify()
+        async for piece in Row(0, progress, TextStream(loaded().tokenizer)).pieces():
+            reasons.append(piece.finish_reason)
+            progress.notify()
+        return reasons
+
+    assert asyncio.run(asyncio.wait_for(main(), 20)) == [None, "length"]
 
 
 def test_a_failure_reaches_those_it_concerns_and_the_loop_goes_on() -> None:
