@@ -242,9 +242,23 @@ class RemoteFolder(SharedFolder):
 
     def receive(self, *names: str) -> None:
         for name in names:
-            _remove(self.path / name)
             self._versions.pop(name, None)
-            self._get({found: self.path / found for found in self._list(name)})
+            found = self._list(name)
+            if found == [name]:
+                self._receive_file(name)
+            else:
+                _remove(self.path / name)
+                self._get({file: self.path / file for file in found})
+
+    def _receive_file(self, name: str) -> None:
+        """Replace a file as a whole: another process of this machine may be reading it, or asking for it too."""
+        whole = self.path / f".receiving-{secrets.token_hex(6)}"
+        try:
+            self._get({name: whole})
+            (self.path / name).parent.mkdir(parents=True, exist_ok=True)
+            whole.replace(self.path / name)
+        finally:
+            whole.unlink(missing_ok=True)
 
     def receive_data(self) -> None:
         try:

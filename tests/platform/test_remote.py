@@ -183,6 +183,31 @@ def test_a_folder_is_replaced_as_a_whole(bucket: Path, work_dir: Path) -> None:
     assert (folder.path / "model/weights.bin").read_text() == "2"
 
 
+def test_a_record_that_several_read_is_there_and_whole_while_it_is_fetched(
+    bucket: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = RemoteFolder(f"file://{bucket}/run")
+    folder.write_text("metrics.jsonl", "old")
+    folder.receive("metrics.jsonl")
+    folder.write_text("metrics.jsonl", "new, and longer")
+    fetched, seen = LocalFileSystem.get, []
+
+    def get(fs: LocalFileSystem, sources: Any, targets: list[str], **options: Any) -> None:
+        Path(targets[0]).write_text("new,")  # half of it has come
+        seen.append((folder.path / "metrics.jsonl").read_text())
+        fetched(fs, sources, targets, **options)
+
+    monkeypatch.setattr(LocalFileSystem, "get", get)
+    folder.receive("metrics.jsonl")
+    assert seen == ["old"]
+    assert (folder.path / "metrics.jsonl").read_text() == "new, and longer"
+    assert [path.name for path in folder.path.iterdir()] == ["metrics.jsonl"]
+    folder.remove("metrics.jsonl")
+    (folder.path / "metrics.jsonl").write_text("left from before")
+    folder.receive("metrics.jsonl")
+    assert not (folder.path / "metrics.jsonl").exists()
+
+
 def _train(place: str, *overrides: str) -> dict[str, float] | None:
     """What `launch` does, without Ray: every worker is a machine of its own."""
     rank = dist.get_rank()
