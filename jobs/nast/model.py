@@ -33,8 +33,10 @@ class NastSection(Section):
     """Attention heads (8)."""
     inner_width: int | None = Field(default=None, ge=1)
     """Width inside feed-forward networks (2048)."""
+    subsampler: Literal["conv1d", "conv2d"] | None = None
+    """Convolutions on the features: over time (`conv1d`), or over time and frequency."""
     subsampler_width: int | None = Field(default=None, ge=2)
-    """Channels of the first convolution, before its GLU (2048)."""
+    """Channels of the first convolution, of `conv1d` before its GLU (2048)."""
     dropout: float | None = Field(default=None, ge=0, lt=1)
     """Dropout everywhere (0.15)."""
     subsampling: Literal["convolution", "progressive"] | None = None

@@ -33,10 +33,12 @@ class NastConfig(PreTrainedConfig):
     inner_width: int = 2048
     """Width inside feed-forward networks."""
     subsampler_width: int = 2048
-    """Channels of the first convolution, before GLU."""
+    """Channels of the first convolution, of `conv1d` before GLU."""
     dropout: float = 0.15
     subsampling: Literal["convolution", "progressive"] = "convolution"
     """`convolution`: all strides before the first layer. `progressive`: one before each stage of layers (PDS)."""
+    subsampler: Literal["conv1d", "conv2d"] = "conv1d"
+    """Convolutions on the features: over time (paper), or over time and frequency."""
     strides: list[int] | None = None
     """Default: [2, 2] for `convolution`, [2, 2, 1, 2] for `progressive`."""
     compat_unmasked_subsampler: bool = False

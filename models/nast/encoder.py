@@ -20,7 +20,7 @@ from eagleray.models.nast.layers import (
     TextualLayer,
 )
 from eagleray.models.nast.prediction import CtcHead, InnerPredictions, PredictionAdapter
-from eagleray.models.nast.subsampler import Subsampler, keep_mask
+from eagleray.models.nast.subsampler import Conv1dSubsampler, Conv2dSubsampler, keep_mask
 
 
 @dataclass
@@ -74,8 +74,9 @@ class AcousticEncoder(nn.Module):
         strides = config.all_strides
         stages = [strides] if config.subsampling == "convolution" else [(stride,) for stride in strides]
         self.stage_layers = config.acoustic_layers // len(stages)
+        first = Conv2dSubsampler if config.subsampler == "conv2d" else Conv1dSubsampler
         self.subsamplers = nn.ModuleList(
-            Subsampler(
+            (Conv1dSubsampler if number else first)(
                 features=config.width if number else config.feature_size,
                 inner_width=config.subsampler_width,
                 width=config.width,

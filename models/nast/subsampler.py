@@ -1,6 +1,6 @@
 """Shorter sequences from features: strided convolutions that never let padding reach a real frame.
 
-Each convolution has kernel 5 and stride s; it sees zeros beyond the end of *its own* input, as a clip alone in its
+A convolution of stride s leaves ⌊(n − 1)/s⌋ + 1 of n frames; it sees zeros beyond the end of *its own* input, as a clip alone in its
 batch would. The reference masks only after the last convolution, so there the last frame of a padded clip depends
 on the length of its neighbours (spec 14, defect 1); `mask_between=False` reproduces that.
 
@@ -9,7 +9,8 @@ Shapes: B clips, T frames in, S frames out, F features, C channels.
 
 from __future__ import annotations
 
-from typing import TypeVar
+from collections.abc import Iterable
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -37,49 +38,119 @@ def keep_mask(lengths_B: Tensor, size: int) -> Tensor:
 
 
 class Subsampler(nn.Module):
-    """Strided convolutions with GLU, then mask, LayerNorm and dropout (spec 4.2).
+    """Strided convolutions, then mask, LayerNorm and dropout; what the two kinds share.
 
     Args:
-        features: Width F of the input.
-        inner_width: Channels of the first convolutions before their GLU, which halves them.
-        width: Channels of the result.
+        convolutions: Each sees its input with time as the third dimension.
         strides: Stride of each convolution; together they divide the frame rate.
+        width: Channels C of the result.
         dropout: Dropout of the result.
         mask_between: Zero the padding before every convolution, not only at the end.
     """
 
     def __init__(
         self,
+        convolutions: Iterable[nn.Module],
         *,
-        features: int,
-        inner_width: int,
-        width: int,
         strides: tuple[int, ...],
+        width: int,
         dropout: float,
-        mask_between: bool = True,
+        mask_between: bool,
     ) -> None:
         super().__init__()
         self.strides, self.mask_between = strides, mask_between
-        self.convolutions = nn.ModuleList()
-        channels = features
-        for number, stride in enumerate(strides, start=1):
-            out = 2 * width if number == len(strides) else inner_width
-            self.convolutions.append(nn.Conv1d(channels, out, KERNEL, stride=stride, padding=KERNEL // 2))
-            channels = out // 2
+        self.convolutions = nn.ModuleList(convolutions)
         self.norm = nn.LayerNorm(width)
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x_BTF: Tensor, lengths_B: Tensor) -> tuple[Tensor, Tensor]:
         """Subsampled frames [B, S, C] and their lengths [B]."""
-        x_BCT = x_BTF.transpose(1, 2)
+        x = self._channels(x_BTF)
         for convolution, stride in zip(self.convolutions, self.strides, strict=True):
             if self.mask_between:
-                x_BCT = _zero_padding(x_BCT, lengths_B)
-            x_BCT = F.glu(convolution(x_BCT), dim=1)
+                x = _zero_padding(x, lengths_B)
+            x = self._activation(convolution(x))
             lengths_B = subsampled_length(lengths_B, (stride,))
-        x_BSC = _zero_padding(x_BCT, lengths_B).transpose(1, 2)
+        x_BSC = self._frames(_zero_padding(x, lengths_B))
         return self.dropout(self.norm(x_BSC)), lengths_B
 
+    def _channels(self, x_BTF: Tensor) -> Tensor:
+        raise NotImplementedError
 
-def _zero_padding(x_BCT: Tensor, lengths_B: Tensor) -> Tensor:
-    return x_BCT.masked_fill(~keep_mask(lengths_B, x_BCT.shape[2])[:, None], 0.0)
+    def _activation(self, x: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def _frames(self, x: Tensor) -> Tensor:
+        raise NotImplementedError
+
+
+class Conv1dSubsampler(Subsampler):
+    """Convolutions over time with GLU (spec 4.2); the bins of a frame are their channels.
+
+    Args:
+        features: Width F of the input.
+        inner_width: Channels of all convolutions but the last before their GLU, which halves them.
+        width: Channels C of the result.
+        strides: Stride of each convolution.
+        **shared: See `Subsampler`.
+    """
+
+    def __init__(
+        self, *, features: int, inner_width: int, width: int, strides: tuple[int, ...], **shared: Any
+    ) -> None:
+        outputs = [inner_width] * (len(strides) - 1) + [2 * width]
+        inputs = [features, *(channels // 2 for channels in outputs)]
+        convolutions = [
+            nn.Conv1d(before, after, KERNEL, stride=stride, padding=KERNEL // 2)
+            for before, after, stride in zip(inputs, outputs, strides, strict=False)
+        ]
+        super().__init__(convolutions, strides=strides, width=width, **shared)
+
+    def _channels(self, x_BTF: Tensor) -> Tensor:
+        return x_BTF.transpose(1, 2)
+
+    def _activation(self, x: Tensor) -> Tensor:
+        return F.glu(x, dim=1)
+
+    def _frames(self, x: Tensor) -> Tensor:
+        return x.transpose(1, 2)
+
+
+class Conv2dSubsampler(Subsampler):
+    """Convolutions over time and frequency with ReLU, then a projection of each frame.
+
+    A filter is the same at all frequencies, so it knows a formant at whatever height a voice has it; `Conv1dSubsampler`
+    has to see every height in training.
+
+    Args:
+        features: Width F of the input.
+        inner_width: Channels of the convolutions.
+        width: Channels C of the result.
+        strides: Stride of each convolution in both directions.
+        **shared: See `Subsampler`.
+    """
+
+    def __init__(
+        self, *, features: int, inner_width: int, width: int, strides: tuple[int, ...], **shared: Any
+    ) -> None:
+        convolutions = [
+            nn.Conv2d(inner_width if number else 1, inner_width, 3, stride=stride, padding=1)
+            for number, stride in enumerate(strides)
+        ]
+        super().__init__(convolutions, strides=strides, width=width, **shared)
+        self.projection = nn.Linear(inner_width * subsampled_length(features, strides), width)
+
+    def _channels(self, x_BTF: Tensor) -> Tensor:
+        return x_BTF[:, None]
+
+    def _activation(self, x: Tensor) -> Tensor:
+        return x.relu()
+
+    def _frames(self, x: Tensor) -> Tensor:
+        return self.projection(x.transpose(1, 2).flatten(2))
+
+
+def _zero_padding(x: Tensor, lengths_B: Tensor) -> Tensor:
+    """`x` with zeros beyond the lengths, along its third dimension."""
+    keep = keep_mask(lengths_B, x.shape[2]).view(len(x), 1, -1, *[1] * (x.ndim - 3))
+    return x.masked_fill(~keep, 0.0)

@@ -29,6 +29,8 @@ LADDER: list[dict[str, Any]] = [
     {"cross_layer_source": None},
     {},
     {"subsampling": "progressive", "acoustic_layers": 4},
+    {"subsampler": "conv2d"},
+    {"subsampler": "conv2d", "subsampling": "progressive", "acoustic_layers": 4},
     {"conv_norm": "layer_norm", "source_prediction": "gated_league", "adapter": "league"},
 ]
 
