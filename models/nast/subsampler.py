@@ -99,10 +99,10 @@ class Conv1dSubsampler(Subsampler):
         self, *, features: int, inner_width: int, width: int, strides: tuple[int, ...], **shared: Any
     ) -> None:
         outputs = [inner_width] * (len(strides) - 1) + [2 * width]
-        inputs = [features, *(channels // 2 for channels in outputs)]
+        inputs = [features, *(channels // 2 for channels in outputs[:-1])]
         convolutions = [
             nn.Conv1d(before, after, KERNEL, stride=stride, padding=KERNEL // 2)
-            for before, after, stride in zip(inputs, outputs, strides, strict=False)
+            for before, after, stride in zip(inputs, outputs, strides, strict=True)
         ]
         super().__init__(convolutions, strides=strides, width=width, **shared)
 
