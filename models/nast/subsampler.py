@@ -9,7 +9,8 @@ Shapes: B clips, T frames in, S frames out, F features, C channels.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -38,7 +39,7 @@ def keep_mask(lengths_B: Tensor, size: int) -> Tensor:
 
 
 class Subsampler(nn.Module):
-    """Strided convolutions, then mask, LayerNorm and dropout; what the two kinds share.
+    """What the two kinds share: strided convolutions with masks, LayerNorm and dropout of the result.
 
     Args:
         convolutions: Each sees its input with time as the third dimension.
@@ -63,25 +64,16 @@ class Subsampler(nn.Module):
         self.norm = nn.LayerNorm(width)
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, x_BTF: Tensor, lengths_B: Tensor) -> tuple[Tensor, Tensor]:
-        """Subsampled frames [B, S, C] and their lengths [B]."""
-        x = self._channels(x_BTF)
+    def _convolve(
+        self, x: Tensor, lengths_B: Tensor, activation: Callable[[Tensor], Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        """All convolutions, each followed by `activation`; the result is zero beyond the lengths that come with it."""
         for convolution, stride in zip(self.convolutions, self.strides, strict=True):
             if self.mask_between:
                 x = _zero_padding(x, lengths_B)
-            x = self._activation(convolution(x))
+            x = activation(convolution(x))
             lengths_B = subsampled_length(lengths_B, (stride,))
-        x_BSC = self._frames(_zero_padding(x, lengths_B))
-        return self.dropout(self.norm(x_BSC)), lengths_B
-
-    def _channels(self, x_BTF: Tensor) -> Tensor:
-        raise NotImplementedError
-
-    def _activation(self, x: Tensor) -> Tensor:
-        raise NotImplementedError
-
-    def _frames(self, x: Tensor) -> Tensor:
-        raise NotImplementedError
+        return _zero_padding(x, lengths_B), lengths_B
 
 
 class Conv1dSubsampler(Subsampler):
@@ -106,14 +98,10 @@ class Conv1dSubsampler(Subsampler):
         ]
         super().__init__(convolutions, strides=strides, width=width, **shared)
 
-    def _channels(self, x_BTF: Tensor) -> Tensor:
-        return x_BTF.transpose(1, 2)
-
-    def _activation(self, x: Tensor) -> Tensor:
-        return F.glu(x, dim=1)
-
-    def _frames(self, x: Tensor) -> Tensor:
-        return x.transpose(1, 2)
+    def forward(self, x_BTF: Tensor, lengths_B: Tensor) -> tuple[Tensor, Tensor]:
+        """Subsampled frames [B, S, C] and their lengths [B]."""
+        x_BCS, lengths_B = self._convolve(x_BTF.transpose(1, 2), lengths_B, partial(F.glu, dim=1))
+        return self.dropout(self.norm(x_BCS.transpose(1, 2))), lengths_B
 
 
 class Conv2dSubsampler(Subsampler):
@@ -140,14 +128,10 @@ class Conv2dSubsampler(Subsampler):
         super().__init__(convolutions, strides=strides, width=width, **shared)
         self.projection = nn.Linear(inner_width * subsampled_length(features, strides), width)
 
-    def _channels(self, x_BTF: Tensor) -> Tensor:
-        return x_BTF[:, None]
-
-    def _activation(self, x: Tensor) -> Tensor:
-        return x.relu()
-
-    def _frames(self, x: Tensor) -> Tensor:
-        return self.projection(x.transpose(1, 2).flatten(2))
+    def forward(self, x_BTF: Tensor, lengths_B: Tensor) -> tuple[Tensor, Tensor]:
+        """Subsampled frames [B, S, C] and their lengths [B]."""
+        x, lengths_B = self._convolve(x_BTF[:, None], lengths_B, F.relu)
+        return self.dropout(self.norm(self.projection(x.transpose(1, 2).flatten(2)))), lengths_B
 
 
 def _zero_padding(x: Tensor, lengths_B: Tensor) -> Tensor:
