@@ -24,6 +24,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 _GRACE_S = 8
+_RAY_GAVE_UP = b"timed out during startup"
 
 
 class LocalClusterError(ValueError):
@@ -69,15 +70,19 @@ def local_cluster(
     # A node of the cluster is no part of the job that starts it.
     variables = {k: v for k, v in os.environ.items() if k not in ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS")}
     variables |= {"PATH": os.pathsep.join([str(Path(sys.executable).parent), variables.get("PATH", "")])}
-    variables |= {
-        "RAY_TMPDIR": str(folder)
-    }  # sessions, and the file that says where `ray.init` finds a cluster
-    variables |= environment or {}
+    # For sessions, and the file that says where `ray.init` finds a cluster.
+    variables |= {"RAY_TMPDIR": str(folder)} | dict(environment or {})
     common = [f"--num-cpus={cpus_per_node}", "--num-gpus=0", "--disable-usage-stats", "--block"]
     common += [f"--object-store-memory={object_store_mib * 2**20}", "--node-ip-address=127.0.0.1"]
     started: list[subprocess.Popen[bytes]] = []
 
     def start(*options: str) -> None:
+        # Ray gives a node 30 s, which a machine at its limit exceeds; ours is `timeout_s`.
+        while not launch(*options):
+            _kill_session(started.pop())
+
+    def launch(*options: str) -> bool:
+        """Whether the node runs; if not, Ray found that it takes too long."""
         [agent_port] = _free_ports(1)
         command = [sys.executable, "-m", "ray.scripts.scripts", "start", *common, *options]
         command += [
@@ -92,7 +97,13 @@ def local_cluster(
                 command, env=variables, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
             )
         started.append(process)
-        while b"block forever" not in log.read_bytes():
+        while True:
+            ended = process.poll() is not None  # before what it said is read, which is all of it then
+            said = log.read_bytes()
+            if b"block forever" in said:
+                return True
+            if ended and _RAY_GAVE_UP in said and time.monotonic() < deadline:
+                return False
             _check(process, log, deadline)
 
     try:
@@ -123,10 +134,14 @@ def _stop(processes: list[subprocess.Popen[bytes]]) -> None:
     for process in reversed(processes):
         with suppress(subprocess.TimeoutExpired):
             process.wait(max(0.1, deadline - time.monotonic()))
-        # What is left of the node's session: workers whose node was killed, or a node with work unfinished.
-        with suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+        _kill_session(process)
+
+
+def _kill_session(process: subprocess.Popen[bytes]) -> None:
+    """End what is left of a node's session: workers whose node was killed, or a node with work unfinished."""
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
 
 
 def _check(process: subprocess.Popen[bytes], log: Path, deadline: float) -> None:

@@ -9,10 +9,13 @@ import subprocess
 import sys
 import textwrap
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from eagleray.platform import cluster
+from eagleray.platform import local_cluster as module
 from eagleray.platform.local_cluster import LocalClusterError, local_cluster
 
 pytestmark = pytest.mark.ray
@@ -81,6 +84,20 @@ def test_a_node_that_does_not_start_is_explained() -> None:
         local_cluster(timeout_s=0.2),
     ):
         pass
+
+
+def test_a_node_that_ray_gave_up_on_is_started_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    gave_up = "print('Exception: The current node timed out during startup.'); raise SystemExit(1)"
+    commands: list[list[str]] = []
+
+    def popen(command: list[str], **options: Any) -> subprocess.Popen[bytes]:
+        commands.append(command)
+        return subprocess.Popen(command if len(commands) > 1 else [sys.executable, "-c", gave_up], **options)
+
+    monkeypatch.setattr(module, "subprocess", SimpleNamespace(**vars(subprocess) | {"Popen": popen}))
+    with local_cluster() as cluster:
+        [head] = cluster.processes
+        assert head.poll() is None and len(commands) == 2
 
 
 def test_what_a_node_says_about_the_folder(tmp_path: Path) -> None:
