@@ -10,8 +10,7 @@ utterance under `results/`, and plots.
 from __future__ import annotations
 
 import json
-import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -22,7 +21,7 @@ from rich.console import Console
 from rich.table import Table
 
 from eagleray.jobs.nast.data import SpeechRules, SpeechSource, SyntheticSpeech
-from eagleray.jobs.nast.translation import TranslatorSection, translate_utterances
+from eagleray.jobs.nast.translation import TranslatorSection, report_undecoded, translate_sets
 from eagleray.models.nast.config import NastConfig
 from eagleray.models.nast.manifest import Utterance
 from eagleray.models.nast.metrics import (
@@ -48,7 +47,6 @@ from eagleray.platform.scoring import Row
 from eagleray.platform.sections import JobConfig
 
 JOB = "nast.evaluate"
-logger = logging.getLogger(__name__)
 
 
 class EvaluationSet(SpeechRules):
@@ -105,17 +103,19 @@ def main(cfg: Config) -> dict[str, Any]:
         The report: `sets` -> name -> `models` -> name -> figures.
     """
     with RunFolder.create(JOB, cfg).recording() as run, connected(cfg.ray):
+        sets = {
+            name: section.read(section.sources or [_synthesise(section, run, name)])
+            for name, section in cfg.sets.items()
+        }
+        run.update_manifest(data_hashes={name: loaded.content_hash() for name, loaded in sets.items()})
+        outcomes = _translate(cfg, {name: loaded.utterances for name, loaded in sets.items()})
         report: dict[str, Any] = {"sets": {}}
-        for name, section in cfg.sets.items():
-            sources = section.sources or [_synthesise(section, run, name)]
-            loaded = section.read(sources)
-            run.update_manifest(data_hashes={name: loaded.content_hash()})
-            outcomes = {model: _translate(cfg, model, section, loaded.utterances) for model in cfg.models}
+        for name, loaded in sets.items():
             report["sets"][name] = {
                 **loaded.summary(),
-                "models": _figures(cfg, section, loaded.utterances, outcomes),
+                "models": _figures(cfg, cfg.sets[name], loaded.utterances, outcomes[name]),
             }
-            _write_results(run, name, loaded.utterances, outcomes)
+            _write_results(run, name, loaded.utterances, outcomes[name])
         run.write_report(report)
         _plot(run, report)
     print_table(report, Console())
@@ -151,17 +151,23 @@ def _synthesise(section: EvaluationSet, run: RunFolder, name: str) -> SpeechSour
     )
 
 
-def _translate(cfg: Config, model: str, section: EvaluationSet, utterances: Sequence[Utterance]) -> Outcome:
-    logger.info("Translating with %s.", model)
-    settings, skip = cfg.models[model], section.on_error == "skip"
-    rows = translate_utterances(settings, utterances, cfg.ray, skip_errors=skip)
-    if not cfg.latency_utterances:
-        return Outcome(rows, None)
+def _translate(cfg: Config, sets: Mapping[str, Sequence[Utterance]]) -> dict[str, dict[str, Outcome]]:
+    """Set -> model -> outcome."""
+    translated = translate_sets(cfg.models, sets, cfg.ray)
+    for name, by_model in translated.items():
+        for rows in by_model.values():
+            report_undecoded(rows, skip_errors=cfg.sets[name].on_error == "skip")
     # One worker, one utterance at a time: nothing else may run beside what is timed.
-    alone = settings.model_copy(update={"max_batch_frames": 1})
-    one = cfg.ray.model_copy(update={"num_workers": 1})
-    timed = translate_utterances(alone, utterances[: cfg.latency_utterances], one, skip_errors=skip)
-    return Outcome(rows, latency_figures(timed))
+    alone = {name: model.model_copy(update={"max_batch_frames": 1}) for name, model in cfg.models.items()}
+    some = {name: rows[: cfg.latency_utterances] for name, rows in sets.items()}
+    timed = translate_sets(alone, some, cfg.ray.model_copy(update={"num_workers": 1}))
+    return {
+        name: {
+            model: Outcome(rows, latency_figures(timed[name][model]) if timed[name][model] else None)
+            for model, rows in by_model.items()
+        }
+        for name, by_model in translated.items()
+    }
 
 
 def latency_figures(rows: Sequence[Row]) -> dict[str, float]:

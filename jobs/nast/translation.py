@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from eagleray.models.nast.manifest import Utterance, clips_from_text, clips_to_t
 from eagleray.models.nast.segmentation import split_at_silence
 from eagleray.models.nast.translator import Translation, Translator
 from eagleray.platform.config import Config as Section
-from eagleray.platform.scoring import Row, Score, map_with_model
+from eagleray.platform.scoring import Row, Score, map_with_model, map_with_models
 from eagleray.platform.sections import RaySection
 
 logger = logging.getLogger(__name__)
@@ -58,16 +59,49 @@ def translate_utterances(
     Raises:
         SpeechDataError: Audio cannot be decoded.
     """
-    rows = [{"clips": clips_to_text(row.clips), "where": row.where or row.id} for row in utterances]
-    results = map_with_model(_build, {"section": section.model_dump()}, rows, ray)
-    errors = [str(row["error"]) for row in results if row["error"]]
+    results = map_with_model(_build, _arguments(section), _rows(utterances), ray)
+    report_undecoded(results, skip_errors=skip_errors)
+    return results
+
+
+def translate_sets(
+    models: Mapping[str, TranslatorSection], sets: Mapping[str, Sequence[Utterance]], ray: RaySection
+) -> dict[str, dict[str, list[Row]]]:
+    """Every set by every model, in one pass of the same workers: set -> model -> rows as of `translate_utterances`.
+
+    Audio that cannot be decoded gives a row with an `error`; `report_undecoded` tells what of it stops the job.
+    """
+    arguments = {name: _arguments(section) for name, section in models.items()}
+    rows = [row for utterances in sets.values() for row in _rows(utterances)]
+    found = map_with_models(_build, arguments, dict.fromkeys(models, rows), ray)
+    results = {model: iter(translated) for model, translated in found.items()}
+    return {
+        name: {model: list(islice(translated, len(utterances))) for model, translated in results.items()}
+        for name, utterances in sets.items()
+    }
+
+
+def report_undecoded(rows: Sequence[Row], *, skip_errors: bool) -> None:
+    """Warn of utterances whose audio could not be decoded.
+
+    Raises:
+        SpeechDataError: There are some, and they are not to be skipped.
+    """
+    errors = [str(row["error"]) for row in rows if row["error"]]
     if errors and not skip_errors:
         raise SpeechDataError(
             f"{len(errors)} of {len(rows)} utterances", "the audio cannot be decoded", errors[0]
         )
     if errors:
         logger.warning("%d utterances could not be decoded, e.g. %s", len(errors), errors[0])
-    return results
+
+
+def _arguments(section: TranslatorSection) -> dict[str, Any]:
+    return {"section": section.model_dump()}
+
+
+def _rows(utterances: Sequence[Utterance]) -> list[Row]:
+    return [{"clips": clips_to_text(row.clips), "where": row.where or row.id} for row in utterances]
 
 
 def _build(section: dict[str, Any]) -> Score:

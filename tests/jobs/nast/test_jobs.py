@@ -71,8 +71,12 @@ def test_translate_evaluate_and_distill(trained: TrainedRun, tmp_path: Path) -> 
         assert (alone.text, alone.transcript) == (row["text"], row["transcript"])
         assert alone.score == pytest.approx(row["score"], abs=1e-3)
 
-    values = {"models": {"a": model}, "latency_utterances": 4, "bootstrap": 100}
-    values |= {"sets": {"test": {"sources": [{"path": str(table)}]}}, "run": {"dir": str(tmp_path / "eval")}}
+    few = write_corpus(tmp_path / "few", utterances=2, seed=7, split="test")
+    values = {"models": {"a": model, "b": {**model, "beam": 3}}, "latency_utterances": 4, "bootstrap": 100}
+    values |= {
+        "sets": {name: {"sources": [{"path": str(path)}]} for name, path in (("few", few), ("test", table))}
+    }
+    values |= {"run": {"dir": str(tmp_path / "eval")}}
     figures = evaluate.main(validate_config(evaluate.Config, values, "test"))["sets"]["test"]["models"]
     for name, found in figures.items():
         assert found["bleu"]["low"] <= found["bleu"]["value"] <= found["bleu"]["high"], name
@@ -80,11 +84,17 @@ def test_translate_evaluate_and_distill(trained: TrainedRun, tmp_path: Path) -> 
         assert sum(row["count"] for row in found["by_length"]) == 6
         assert found["latency"]["mean_ms"] > 0 and found["latency"]["real_time_factor"] > 0
     assert figures["a"]["latency"]["speed_up"] == 1
-    assert len(list((tmp_path / "eval" / "plots").glob("*.png"))) == 3
-    results = [
-        json.loads(line) for line in (tmp_path / "eval" / "results" / "test.jsonl").read_text().splitlines()
-    ]
+    assert len(list((tmp_path / "eval" / "plots").glob("*.png"))) == 6
+    results, others = (_results(tmp_path / "eval" / "results" / f"{name}.jsonl") for name in ("test", "few"))
     assert [row["a"]["text"] for row in results] == [row["text"] for row in rows]
+    translators = {"a": translator, "b": Translator.from_pretrained(trained.path / "model", beam=3)}
+    utterances = [row for row in read_table(few) if isinstance(row, Utterance)]
+    for row, utterance in zip(others, utterances, strict=True):
+        for name, alone in translators.items():
+            [found] = alone.translate([alone.features(read_audio(utterance.audio))])
+            assert (row["id"], row[name]["text"]) == (utterance.id, found.text)
+            assert row[name]["score"] == pytest.approx(found.score, abs=1e-3)
+    assert others[0]["a"]["score"] != others[0]["b"]["score"]
 
     values = {"model": model, "sources": [{"path": str(table)}], "keep_original": True}
     values |= {"run": {"dir": str(tmp_path / "kd")}}
@@ -95,6 +105,10 @@ def test_translate_evaluate_and_distill(trained: TrainedRun, tmp_path: Path) -> 
         assert taught[row["id"]].target == row["target"]
         if row["a"]["text"]:
             assert taught[f"{row['id']}_kd"].target == row["a"]["text"]
+
+
+def _results(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 def test_the_autoregressive_sibling_trains_and_translates(tmp_path: Path) -> None:
