@@ -10,6 +10,7 @@ utterance under `results/`, and plots.
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,6 +48,7 @@ from eagleray.platform.scoring import Row
 from eagleray.platform.sections import JobConfig
 
 JOB = "nast.evaluate"
+logger = logging.getLogger(__name__)
 
 
 class EvaluationSet(SpeechRules):
@@ -153,10 +155,12 @@ def _synthesise(section: EvaluationSet, run: RunFolder, name: str) -> SpeechSour
 
 def _translate(cfg: Config, sets: Mapping[str, Sequence[Utterance]]) -> dict[str, dict[str, Outcome]]:
     """Set -> model -> outcome."""
+    utterances = sum(len(rows) for rows in sets.values())
+    logger.info("Translating %d utterances with %s.", utterances, ", ".join(cfg.models))
     translated = translate_sets(cfg.models, sets, cfg.ray)
     for name, by_model in translated.items():
-        for rows in by_model.values():
-            report_undecoded(rows, skip_errors=cfg.sets[name].on_error == "skip")
+        rows = next(iter(by_model.values()))  # what cannot be decoded is the same for all models
+        report_undecoded(rows, skip_errors=cfg.sets[name].on_error == "skip")
     # One worker, one utterance at a time: nothing else may run beside what is timed.
     alone = {name: model.model_copy(update={"max_batch_frames": 1}) for name, model in cfg.models.items()}
     some = {name: rows[: cfg.latency_utterances] for name, rows in sets.items()}

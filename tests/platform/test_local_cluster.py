@@ -95,8 +95,8 @@ def test_a_node_that_ray_gave_up_on_is_started_again(monkeypatch: pytest.MonkeyP
         return subprocess.Popen(command if len(commands) > 1 else [sys.executable, "-c", gave_up], **options)
 
     monkeypatch.setattr(module, "subprocess", SimpleNamespace(**vars(subprocess) | {"Popen": popen}))
-    with local_cluster() as cluster:
-        [head] = cluster.processes
+    with local_cluster() as started:
+        [head] = started.processes
         assert head.poll() is None and len(commands) == 2
 
 
