@@ -6,6 +6,7 @@ appears in `eagleray config show`, in the exported JSON schema and in editors, s
 
 from __future__ import annotations
 
+import copy
 import difflib
 import hashlib
 import json
@@ -179,15 +180,15 @@ def _apply_override(values: dict[str, Any], override: str) -> None:
 
 
 def _child(node: Any, name: str, override: str) -> Any:
-    if isinstance(node, list):
-        child = node[_position(node, name, override)]
-    else:
-        child = node.get(name)
-        if child is None:
-            child = node[name] = {}
+    place: Any = _position(node, name, override) if isinstance(node, list) else name
+    child = node[place] if isinstance(node, list) else node.get(name)
+    if child is None:
+        child = {}
     if not isinstance(child, dict | list):
         raise ConfigError(f"Override {override!r}: `{name}` holds a value, it has no key under it.")
-    return child
+    # A copy: in YAML an anchor and its aliases are one object, and the override names one of them.
+    node[place] = copy.copy(child)
+    return node[place]
 
 
 def _position(items: list[Any], name: str, override: str) -> int:

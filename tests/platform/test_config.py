@@ -68,6 +68,33 @@ def test_override_opens_an_optional_section_and_closes_it(tmp_path: Path) -> Non
     assert load_config(Example, path, ["adapter.rank=4", "adapter=null"]).adapter is None
 
 
+def test_an_override_changes_what_it_names_and_not_what_shares_an_anchor_with_it(tmp_path: Path) -> None:
+    """In a mapping, below it, and in a list."""
+    path = write(
+        tmp_path, "first: &same {optim: {lr: 2.0}, many: [{lr: 3.0}]}\nsecond: *same\nthird: {<<: *same}\n"
+    )
+    cfg = load_config(Pair, path, ["first.optim.lr=1.0", "second.many.0.lr=4.0", "third.many=[]"])
+    assert cfg.first == Shared(optim=Optim(lr=1.0), many=(Optim(lr=3.0),))
+    assert cfg.second == Shared(optim=Optim(lr=2.0), many=(Optim(lr=4.0),))
+    assert cfg.third == Shared(optim=Optim(lr=2.0), many=())
+
+
+class Shared(Config):
+    optim: Optim = Optim()
+    """A section."""
+    many: tuple[Optim, ...] = ()
+    """A list of sections."""
+
+
+class Pair(Config):
+    first: Shared
+    """Defines an anchor."""
+    second: Shared
+    """An alias of it."""
+    third: Shared
+    """Merges it."""
+
+
 class Nested(Config):
     optim: Optim = Optim(betas=(0.8, 0.9))
     """Also set by `Job`."""
