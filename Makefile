@@ -32,15 +32,18 @@ $(READY): pyproject.toml constraints.txt
 	fi
 	@$(PYTHON) -m pip --version >/dev/null 2>&1 || $(PYTHON) -m ensurepip
 	@echo 'Installing eagleray and what it needs into .venv (a few minutes the first time)'
-	@$(PYTHON) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@$(PYTHON) -m pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt -e '.[dev]'
+	@# On all cores; pip would compile on one. What cannot be compiled is no use to anyone and no error here.
+	@$(PYTHON) -m compileall -qq -j 0 .venv/lib || true
 	@touch $@
 
 demo: $(READY)
 	$(PYTHON) -m eagleray.jobs.gram.demo $(if $(DATA),"data.pairs=$(DATA)" "run.dir=runs/demo-$(firstword $(subst ., ,$(notdir $(DATA))))")
 
-# Two at a time: many tests wait for processes that start. A file stays together, as its tests share a cluster.
+# Two at a time: many tests wait for processes that start. A file stays together, as its tests share a cluster, and long
+# files come first (tests/conftest.py).
 test: $(READY)
-	$(PYTHON) -m pytest -n 2 --dist loadfile
+	$(PYTHON) -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 soak: $(READY)
 	$(PYTHON) -m pytest -m soak -o faulthandler_timeout=3600

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import pickle
 from collections.abc import Iterator
+from typing import Any
 
 
 @contextlib.contextmanager
@@ -21,3 +23,19 @@ def imports() -> Iterator[None]:
     finally:
         if enabled:
             gc.enable()
+
+
+def packed(thing: Any) -> bytes:
+    """What is passed to a process of Ray whose classes and functions are to be imported by `unpacked`.
+
+    Ray would import them itself, with the collector on.
+    """
+    from ray import cloudpickle  # takes a second, which most who import this module need not wait
+
+    return cloudpickle.dumps(thing)
+
+
+def unpacked(data: bytes) -> Any:
+    """What was `packed` by the process that started this one."""
+    with imports():
+        return pickle.loads(data)

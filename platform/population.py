@@ -28,6 +28,7 @@ from ray.tune.search.sample import Integer, Quantized
 
 from eagleray.platform import storage
 from eagleray.platform.config import ConfigError
+from eagleray.platform.imports import packed, unpacked
 from eagleray.platform.leftovers import Leftovers
 from eagleray.platform.remote import open_folder
 from eagleray.platform.runs import RunFolder
@@ -298,7 +299,7 @@ def _run_segment(
                 point = ", ".join(f"{key} = {shown(member.point[key])}" for key in plan.space.varied)
                 logger.info("Trial %s trains to step %d: %s.", name, end, point)
                 place, note = _segment(trials, name, number), f"trial {name}, segment {number}"
-                trainer: Any = idle.pop() if idle else start(plan, Path.cwd())
+                trainer: Any = idle.pop() if idle else start(packed(plan), Path.cwd())
                 running[trainer.train.remote(place, member, end, note)] = name, trainer
             done, _ = ray.wait(list(running), timeout=1.0)
             leftovers.release()
@@ -326,8 +327,8 @@ class _SegmentTrainer:
     have no owner any more (`platform/leftovers.py`).
     """
 
-    def __init__(self, plan: SweepPlan, working_dir: Path) -> None:
-        self._plan, self._working_dir = plan, working_dir
+    def __init__(self, packed_plan: bytes, working_dir: Path) -> None:
+        self._plan, self._working_dir = unpacked(packed_plan), working_dir
 
     def train(self, place: str, member: Member, end: int, note: str) -> None:
         start = member.start_from

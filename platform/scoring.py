@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from eagleray.platform.cluster import check_placement, connected, wants_gpu
+from eagleray.platform.imports import packed, unpacked
 from eagleray.platform.sections import RaySection
 
 Row = dict[str, Any]
@@ -97,7 +98,7 @@ def stream_with_model(
         numbered = [{"_index": index, **row} for index, row in enumerate(rows)]
         scored = ray.data.from_items(numbered, override_num_blocks=batches).map_batches(
             _Worker,
-            fn_constructor_args=(build, arguments, max(1, int(section.cpus_per_worker))),
+            fn_constructor_args=(packed((build, arguments)), max(1, int(section.cpus_per_worker))),
             batch_size=batch_size,
             compute=ray.data.ActorPoolStrategy(size=min(section.min_workers, batches)),
             num_cpus=section.cpus_per_worker,
@@ -133,7 +134,8 @@ class _ModelSwitch:
 class _Worker:
     """Holds one model; batches come and go as columns."""
 
-    def __init__(self, build: Callable[..., Score], arguments: dict[str, Any], threads: int) -> None:
+    def __init__(self, packed_build: bytes, threads: int) -> None:
+        build, arguments = unpacked(packed_build)
         import torch
 
         torch.set_num_threads(threads)

@@ -24,6 +24,7 @@ from eagleray.platform.cluster import check_placement, connected, wants_gpu
 from eagleray.platform.data.parts import Part, read_part
 from eagleray.platform.data.preferences import ReadReport
 from eagleray.platform.data.sources import DataError, Row
+from eagleray.platform.imports import packed, unpacked
 from eagleray.platform.remote import SharedFolder, open_folder
 from eagleray.platform.sections import RaySection
 
@@ -91,7 +92,7 @@ def process_parts(
             ]
             done = ray.data.from_items(items, override_num_blocks=len(items)).map_batches(
                 _Worker,
-                fn_constructor_args=(build, arguments, place, max(1, int(section.cpus_per_worker))),
+                fn_constructor_args=(packed((build, arguments)), place, max(1, int(section.cpus_per_worker))),
                 batch_size=1,
                 compute=ray.data.ActorPoolStrategy(size=min(section.min_workers, len(missing))),
                 num_cpus=section.cpus_per_worker,
@@ -118,9 +119,8 @@ def read_parts(place: str, count: int, schema: pa.Schema) -> ds.Dataset:
 class _Worker:
     """Holds one model; takes one part at a time."""
 
-    def __init__(
-        self, build: Callable[..., PartProcess], arguments: dict[str, Any], place: str, threads: int
-    ) -> None:
+    def __init__(self, packed_build: bytes, place: str, threads: int) -> None:
+        build, arguments = unpacked(packed_build)
         import torch
 
         torch.set_num_threads(threads)

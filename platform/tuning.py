@@ -33,6 +33,7 @@ from ray.tune.search import BasicVariantGenerator
 
 from eagleray.platform import storage
 from eagleray.platform.config import ConfigError, flatten
+from eagleray.platform.imports import packed, unpacked
 from eagleray.platform.leftovers import Leftovers
 from eagleray.platform.remote import open_folder
 from eagleray.platform.runs import CONFIG_FILE, RunFolder
@@ -120,6 +121,9 @@ def run_trials(plan: SweepPlan, run: RunFolder, *, max_concurrent: int) -> list[
             mode=plan.space.mode,
             scheduler=build_scheduler(plan.scheduler, plan.train),
             **_search_options(plan, max_concurrent, trials),
+            # The next trial need not import everything again. Not with a scheduler: a trial that it stopped must lose its
+            # process, which drives its workers.
+            reuse_actors=plan.scheduler == "none",
             trial_name_creator=_trial_name(plan),
             trial_dirname_creator=_trial_name(plan),
         ),
@@ -140,6 +144,8 @@ def run_trials(plan: SweepPlan, run: RunFolder, *, max_concurrent: int) -> list[
 
 
 def _trial_function(plan: SweepPlan, trials: str, working_dir: Path) -> Callable[[dict[str, Any]], None]:
+    packed_plan = packed(plan)
+
     def trial(point: dict[str, Any]) -> None:
         name = tune.get_context().get_trial_name()
         place = f"{trials}/{name}"
@@ -148,7 +154,7 @@ def _trial_function(plan: SweepPlan, trials: str, working_dir: Path) -> Callable
         if _ended(place):
             return
         options = {"working_dir": working_dir, "note": f"trial {name}", "callbacks": [_ReportToTune()]}
-        start_trial(plan, place, point, **options)
+        start_trial(unpacked(packed_plan), place, point, **options)
 
     return trial
 
