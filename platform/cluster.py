@@ -7,14 +7,22 @@ import logging
 import os
 import secrets
 from collections.abc import Iterator, Mapping
+from typing import Any
 
+import psutil
 import ray
 from ray._private.state import jobs  # the public list needs the dashboard
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from eagleray.platform.environment import in_submitted_job
+from eagleray.platform.local_cluster import RAY_GAVE_UP
 from eagleray.platform.remote import SharedFolder, open_folder
 from eagleray.platform.sections import RaySection
+
+logger = logging.getLogger(__name__)
+
+_ATTEMPTS = 4
+"""How often a private cluster is started, then."""
 
 
 class SharedStorageError(ValueError):
@@ -42,7 +50,7 @@ def connected(section: RaySection, *, dashboard: bool = False) -> Iterator[None]
         return
     address = section.address or ("auto" if in_submitted_job() else "local")
     try:
-        ray.init(
+        start_ray(
             address=address,
             include_dashboard=dashboard if address == "local" else None,
             log_to_driver=True,
@@ -56,6 +64,38 @@ def connected(section: RaySection, *, dashboard: bool = False) -> Iterator[None]
         yield
     finally:
         ray.shutdown()
+
+
+def start_ray(**options: Any) -> None:
+    """`ray.init`, again where Ray gave up on a private cluster because the machine is busy.
+
+    Raises:
+        ConnectionError: Ray gave up each time.
+    """
+    here = psutil.Process()
+    for attempt in range(1, _ATTEMPTS + 1):
+        before = here.children(recursive=True)
+        try:
+            ray.init(**options)
+        except Exception as error:  # Ray raises it as that
+            if RAY_GAVE_UP not in str(error):
+                raise
+        else:
+            return
+        left = [
+            process for process in here.children(recursive=True) if process not in before
+        ]  # Ray lets them run
+        for process in left:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+        psutil.wait_procs(left, timeout=10)
+        logger.warning(
+            "Ray did not start within its 30 s, attempt %d of %d: this machine is busy.", attempt, _ATTEMPTS
+        )
+    raise ConnectionError(
+        f"Ray did not start within its 30 s, in {_ATTEMPTS} attempts: this machine is too busy. End other work, or "
+        "name a running cluster in `ray.address`."
+    )
 
 
 def driver_is_gone() -> bool:

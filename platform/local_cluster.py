@@ -24,7 +24,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 _GRACE_S = 8
-_RAY_GAVE_UP = b"timed out during startup"
+
+RAY_GAVE_UP = "timed out during startup"
+"""In what Ray says when a node has not started within its fixed 30 s, which a machine at its limit exceeds."""
 
 
 class LocalClusterError(ValueError):
@@ -102,7 +104,7 @@ def local_cluster(
             said = log.read_bytes()
             if b"block forever" in said:
                 return True
-            if ended and _RAY_GAVE_UP in said and time.monotonic() < deadline:
+            if ended and RAY_GAVE_UP.encode() in said and time.monotonic() < deadline:
                 return False
             _check(process, log, deadline)
 

@@ -22,6 +22,7 @@ from ray import serve
 from ray.serve import Application
 from starlette.types import ASGIApp, Message
 
+from eagleray.platform.imports import packed, unpacked
 from eagleray.platform.serving import ServedModel
 
 Settings_contra = TypeVar("Settings_contra", bound=ServedModel, contravariant=True)
@@ -164,7 +165,8 @@ class Start(Protocol[Settings_contra]):
 class Replica:
     """A model in a process of its own."""
 
-    async def __init__(self, start: Start[Any], settings: ServedModel) -> None:
+    async def __init__(self, packed_start: bytes) -> None:
+        start, settings = unpacked(packed_start)
         import torch  # here, because the gateway imports this module and needs no torch
 
         on_gpu = bool(ray.get_runtime_context().get_accelerator_ids().get("GPU"))
@@ -218,7 +220,7 @@ def model_application(
         # An update starts a new replica before it ends an old one. Where replicas reserve something, the room for one
         # more may never come, and Serve would wait for it: there it ends one first, and requests wait for the next.
         max_surge_percent=0 if any(resources.values()) else 100,
-    ).bind(start, settings)
+    ).bind(packed((start, settings)))
 
 
 def _threads() -> int:

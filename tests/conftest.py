@@ -42,10 +42,12 @@ def ray_cluster() -> Iterator[None]:
     """One private local Ray for all tests of the session, with four (possibly imaginary) CPU cores."""
     import ray
 
+    from eagleray.platform.cluster import start_ray
+
     # Sockets lie below this folder and their paths may not exceed 107 characters, hence no `tmp_path`.
     folder = tempfile.mkdtemp(prefix="er-", dir="/tmp")
     os.environ.setdefault("EAGLERAY_WORK_DIR", f"{folder}/work")  # of runs at URIs
-    ray.init(
+    start_ray(
         address="local",
         num_cpus=4,
         object_store_memory=200 * 2**20,

@@ -4,12 +4,20 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import tempfile
 import time
+from typing import Any
 
 import pytest
 import ray
 
-from eagleray.platform.cluster import PlacementError, check_placement, describe_needs, driver_is_gone
+from eagleray.platform.cluster import (
+    PlacementError,
+    check_placement,
+    connected,
+    describe_needs,
+    driver_is_gone,
+)
 from eagleray.platform.sections import RaySection
 
 
@@ -59,6 +67,64 @@ actor = ray.remote(num_cpus=0)(Actor).options(name="asked", lifetime="detached")
 print(ray.get(actor.ask.remote()), flush=True)
 sys.stdin.read()
 """
+
+
+START_TWICE = """
+import logging, sys
+import psutil, ray
+from ray._private import services
+from eagleray.platform.cluster import start_ray
+
+logging.basicConfig()
+get_node = services.get_node
+
+def busy(*arguments):
+    services.get_node = get_node
+    raise Exception("The current node timed out during startup.")
+
+services.get_node = busy
+start_ray(address="local", num_cpus=1, object_store_memory=80 * 2**20, include_dashboard=False, _temp_dir=sys.argv[1])
+print(ray.cluster_resources()["CPU"])
+print(sum(process.name() == "raylet" for process in psutil.Process().children(recursive=True)))
+"""
+
+
+@pytest.mark.ray
+def test_ray_starts_again_on_a_busy_machine() -> None:
+    """What the failed attempt started is gone."""
+    with tempfile.TemporaryDirectory(prefix="er-", dir="/tmp") as folder:
+        done = subprocess.run(
+            [sys.executable, "-c", START_TWICE, folder],
+            capture_output=True,
+            text=True,
+            timeout=300,
+            check=True,
+        )
+    assert done.stdout.split() == ["1.0", "1"]
+    assert "did not start within its 30 s, attempt 1 of 4" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("reason", "attempts", "message"),
+    [
+        ("The current node timed out during startup.", 4, "in 4 attempts: this machine is too busy"),
+        ("No space left on device", 1, "No space left on device"),
+    ],
+)
+def test_ray_does_not_start(
+    reason: str, attempts: int, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[Any] = []
+
+    def init(**options: Any) -> None:
+        calls.append(options)
+        raise RuntimeError(reason)
+
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "init", init)
+    with pytest.raises(PlacementError, match=message), connected(RaySection()):
+        pass
+    assert len(calls) == attempts and {options["address"] for options in calls} == {"local"}
 
 
 @pytest.mark.ray
