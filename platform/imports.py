@@ -30,9 +30,10 @@ def packed(thing: Any) -> bytes:
 
     Ray would import them itself, with the collector on.
     """
-    from ray import cloudpickle  # takes a second, which most who import this module need not wait
+    # Ray takes a second to import, which most who import this module need not wait.
+    from ray import cloudpickle
 
-    return cloudpickle.dumps(thing)
+    return cloudpickle.dumps(thing)  # pyright: ignore[reportPrivateImportUsage]
 
 
 def unpacked(data: bytes) -> Any:
