@@ -82,9 +82,8 @@ def start_ray(**options: Any) -> None:
                 raise
         else:
             return
-        left = [
-            process for process in here.children(recursive=True) if process not in before
-        ]  # Ray lets them run
+        # Ray lets run what it has started.
+        left = [process for process in here.children(recursive=True) if process not in before]
         for process in left:
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.kill()

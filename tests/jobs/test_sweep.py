@@ -360,9 +360,8 @@ def test_a_killed_command_with_optuna_is_resumed_and_ends_in_a_config_that_train
     driver.wait()
     killed = time.time()
     assert RunFolder(trials / "0002").read_manifest()["status"] == "running"
-    assert (
-        len(set(re.findall(r"\(trial pid=(\d+)", Path("log").read_text()))) == 1
-    )  # has imported everything once
+    drivers_of_trials = set(re.findall(r"\(trial pid=(\d+)", Path("log").read_text()))
+    assert len(drivers_of_trials) == 1  # it has imported everything once
     assert returns_to(baseline, within_s=10)
     first = files(trials / "0001")
 
