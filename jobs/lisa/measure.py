@@ -6,11 +6,14 @@ Either `models` (the first is the reference), or `shape`: a Llama of that shape 
 makes of it, as sharing costs the same whatever the weights are. With `timed: false` nothing is run or even held in
 memory: parameters, cache, arithmetic and traffic of a token follow from the shape, so shapes that do not fit this
 machine can be compared too. Times depend on the machine and its load: the models take turns, and a figure is the median
-over rounds. `report.json`, `table.md` and `plots/throughput.png` hold what came out.
+over rounds. A batch that does not fit into the memory of the GPU is recorded as such, and larger ones of that model are left
+out, so `batch_sizes` may go beyond what fits: `throughput` of the report is the most that each model reaches with any of
+them. `report.json`, `table.md` and `plots/throughput.png` hold what came out.
 """
 
 from __future__ import annotations
 
+import logging
 from dataclasses import asdict, dataclass, replace
 from statistics import median
 from typing import Any, Literal
@@ -28,12 +31,14 @@ from eagleray.models.lisa.plots import plot_throughput
 from eagleray.models.lisa.selection import layer_count
 from eagleray.models.lisa.spec import LisaSpec
 from eagleray.models.lisa.speed import time_decoding
+from eagleray.platform.config import ConfigError
 from eagleray.platform.pretrained import load_pretrained
 from eagleray.platform.runs import RunFolder
 from eagleray.platform.sections import JobConfig, ModelSection
 from eagleray.platform.sweep_results import to_markdown
 
 JOB = "lisa.measure"
+logger = logging.getLogger(__name__)
 _BASE = {"hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32, "vocab_size": 32000}
 SHAPES: dict[str, dict[str, int]] = {
     "llama2-7b": _BASE | {"intermediate_size": 11008, "num_key_value_heads": 32},
@@ -95,10 +100,17 @@ def main(cfg: Config) -> dict[str, Any]:
     with RunFolder.create(JOB, cfg).recording() as run:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         subjects = _of_shape(cfg, device) if cfg.shape else _loaded(cfg, device)
-        rows = []
-        for batch in cfg.batch_sizes:
+        rows: list[dict[str, Any]] = []
+        too_much: set[tuple[str, int]] = set()
+        for batch in sorted(cfg.batch_sizes):
             for context in cfg.contexts:
-                timed = _time(cfg, subjects, batch, context, device) if cfg.timed else {}
+                models = {
+                    name: subject.model
+                    for name, subject in subjects.items()
+                    if (name, context) not in too_much
+                }
+                timed = _time(cfg, models, batch, context, device) if cfg.timed else {}
+                too_much |= {(name, context) for name in models.keys() - timed.keys()}
                 for name, subject in subjects.items():
                     cost = decode_cost(
                         subject.config,
@@ -110,11 +122,21 @@ def main(cfg: Config) -> dict[str, Any]:
                     )
                     cell = {"model": name, "batch": batch, "context": context}
                     rows.append(cell | asdict(cost) | timed.get(name, {}))
+        blank = dict.fromkeys(key for row in rows for key in row)
+        rows = [blank | row for row in rows]
+        table = to_markdown(rows)
         report = {"device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu", "cells": rows}
-        (run.path / "table.md").write_text(to_markdown(rows))
         if cfg.timed:
+            if "measured_tokens_per_second" not in blank:
+                raise ConfigError(
+                    "no model fits into the memory of the GPU with any of `batch_sizes` and `contexts`"
+                )
+            measured = [row for row in rows if row["measured_tokens_per_second"] is not None]
+            report["throughput"] = _throughput(measured, reference=next(iter(subjects)))
+            table += f"\n{to_markdown(report['throughput'])}"
             run.plots.mkdir(exist_ok=True)
-            plot_throughput(rows, run.plots / "throughput.png")
+            plot_throughput(measured, run.plots / "throughput.png")
+        (run.path / "table.md").write_text(table)
         run.write_report(report)
     return report
 
@@ -152,20 +174,53 @@ def _of_shape(cfg: Config, device: torch.device) -> dict[str, Subject]:
 
 
 def _time(
-    cfg: Config, subjects: dict[str, Subject], batch: int, context: int, device: torch.device
+    cfg: Config, models: dict[str, Any], batch: int, context: int, device: torch.device
 ) -> dict[str, dict[str, float]]:
+    """Figures of the models for which there is memory enough."""
+    if not models:
+        return {}
     generator = torch.Generator().manual_seed(cfg.seed)
-    vocabulary = min(subject.config.vocab_size for subject in subjects.values())
+    vocabulary = min(model.config.vocab_size for model in models.values())
     ids = torch.randint(vocabulary, (batch, context), generator=generator).to(device)
-    found: dict[str, list[dict[str, float]]] = {name: [] for name in subjects}
+    found: dict[str, list[dict[str, float]]] = {name: [] for name in models}
     for _ in range(cfg.rounds):
-        for name, subject in subjects.items():
-            found[name].append(time_decoding(subject.model, ids, new_tokens=cfg.new_tokens, cache=cfg.cache))
+        for name in list(found):
+            try:
+                found[name].append(
+                    time_decoding(models[name], ids, new_tokens=cfg.new_tokens, cache=cfg.cache)
+                )
+            except torch.OutOfMemoryError:
+                logger.warning(
+                    "%s: %d prompts of %d tokens need more memory than there is", name, batch, context
+                )
+                del found[name]
+            if name not in found:  # not before the exception has let go of the tensors
+                torch.cuda.empty_cache()
     counted = {name: rounds[1:] or rounds for name, rounds in found.items()}
     return {
         name: {f"measured_{key}": median(round_[key] for round_ in rounds) for key in rounds[0]}
         for name, rounds in counted.items()
     }
+
+
+def _throughput(rows: list[dict[str, Any]], reference: str) -> list[dict[str, Any]]:
+    """The most tokens a second of each model at each context, with any batch size, and by which share that is more."""
+    key = "measured_tokens_per_second"
+    best: dict[tuple[int, str], dict[str, Any]] = {}
+    for row in rows:
+        place = (row["context"], row["model"])
+        if place not in best or row[key] > best[place][key]:
+            best[place] = row
+    return [
+        {
+            "context": context,
+            "model": model,
+            "batch": row["batch"],
+            "tokens_per_second": row[key],
+            "gain": row[key] / best[context, reference][key] - 1 if (context, reference) in best else None,
+        }
+        for (context, model), row in best.items()
+    ]
 
 
 def _dtype(cfg: Config) -> torch.dtype:

@@ -107,7 +107,8 @@ def _with_intervals(found: dict[str, Any]) -> None:
 
 def _measured(cfg: measure.Config, converted: dict[str, Any]) -> None:
     """Measured bytes of the caches are those of the formula; a cell for each model, batch size and prompt."""
-    cells = measure.main(cfg)["cells"]
+    report = measure.main(cfg)
+    cells = report["cells"]
     keys = ("batch", "context", "model")
     assert [tuple(cell[k] for k in keys) for cell in cells] == [
         (batch, context, model) for batch in (1, 2) for context in (32, 64) for model in ("full", "shared")
@@ -140,6 +141,51 @@ def test_a_shape_is_measured_by_arithmetic(teacher: Path, tmp_path: Path) -> Non
     weights = 2 * (full["parameters"] - shared["parameters"])
     layer = 2 * 8192 * 8 * (128 - 20) - 2 * 4 * 32 * 8192
     assert full["bytes"] - shared["bytes"] == weights + 27 * layer
+
+
+def test_a_batch_that_does_not_fit_costs_no_figure(
+    teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first model fits with up to two prompts, the second with four; the best of each are compared."""
+    models: list[Any] = []
+    tried: list[tuple[str, int]] = []
+
+    def time_decoding(model: Any, ids: torch.Tensor, **_: Any) -> dict[str, float]:
+        if model not in models:
+            models.append(model)
+        name, most, each = [("full", 2, 10.0), ("shared", 4, 9.0)][models.index(model)]
+        tried.append((name, len(ids)))
+        if len(ids) > most:
+            raise torch.OutOfMemoryError
+        return {"tokens_per_second": each * len(ids)}
+
+    monkeypatch.setattr(measure, "time_decoding", time_decoding)
+    sizes = ["batch_sizes=[1,2,3,4,8]", "contexts=[32]", "rounds=1"]
+    paths = [f"models.{name}.path={teacher}" for name in ("full", "shared")]
+    cfg = load(measure.Config, teacher, tmp_path, *sizes, *paths)
+    report = measure.main(cfg)
+    assert [(c["model"], c["batch"]) for c in report["cells"] if c["measured_tokens_per_second"] is None] == [
+        ("full", 3),
+        ("full", 4),
+        ("full", 8),
+        ("shared", 8),
+    ]
+    assert ("full", 3) in tried and ("full", 4) not in tried and ("shared", 4) in tried
+    full, shared = report["throughput"]
+    assert (full["batch"], full["tokens_per_second"], full["gain"]) == (2, 20.0, 0.0)
+    assert (shared["batch"], shared["tokens_per_second"], shared["gain"]) == (4, 36.0, pytest.approx(0.8))
+    assert "| gain" in (Path(cfg.run.dir or "") / "table.md").read_text()
+
+
+def test_nothing_fits(teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def time_decoding(*_: Any, **__: Any) -> dict[str, float]:
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(measure, "time_decoding", time_decoding)
+    paths = [f"models.{name}.path={teacher}" for name in ("full", "shared")]
+    cfg = load(measure.Config, teacher, tmp_path, *paths)
+    with pytest.raises(ConfigError, match="no model fits"):
+        measure.main(cfg)
 
 
 @pytest.mark.parametrize(
