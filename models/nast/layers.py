@@ -77,6 +77,22 @@ class MaskedBatchNorm(nn.Module):
         return mean, variance
 
 
+class DepthwiseConvolution(nn.Conv1d):
+    """Each channel over time for itself, [B, S, D] to [B, S, D].
+
+    It is done on a picture one frame high, whose channels lie innermost as ours do. Over one dimension torch knows no such
+    layout, and on a CPU takes 10 to 20 times as long, 3 to 5 times with the gradient.
+    """
+
+    def __init__(self, width: int, kernel: int) -> None:
+        super().__init__(width, width, kernel, padding=kernel // 2, groups=width, bias=False)
+
+    def forward(self, x_BSD: Tensor) -> Tensor:
+        x_BD1S, weight_D11K = x_BSD.transpose(1, 2)[:, :, None], self.weight[:, :, None]
+        x_BD1S = F.conv2d(x_BD1S, weight_D11K, padding=(0, self.padding[0]), groups=self.groups)  # type: ignore[arg-type]
+        return x_BD1S[:, :, 0].transpose(1, 2)
+
+
 class ConvolutionModule(nn.Module):
     """Pointwise, GLU, depthwise, norm, activation, pointwise; padding is zeroed before the depthwise part.
 
@@ -94,7 +110,7 @@ class ConvolutionModule(nn.Module):
     ) -> None:
         super().__init__()
         self.input = nn.Linear(width, 2 * width, bias=False)
-        self.depthwise = nn.Conv1d(width, width, kernel, padding=kernel // 2, groups=width, bias=False)
+        self.depthwise = DepthwiseConvolution(width, kernel)
         self.norm = MaskedBatchNorm(width) if norm == "batch_norm" else nn.LayerNorm(width)
         self.output = nn.Linear(width, width, bias=False)
         self.activation, self.dropout = _ACTIVATIONS[activation], dropout
@@ -102,7 +118,7 @@ class ConvolutionModule(nn.Module):
     def forward(self, x_BSD: Tensor, keep_BS: Tensor) -> Tensor:
         # Neither the pointwise part nor GLU has a bias, so frames that were zero before are zero after them.
         x_BSD = F.glu(self.input(x_BSD * keep_BS[..., None]))
-        x_BSD = self.depthwise(x_BSD.transpose(1, 2)).transpose(1, 2)
+        x_BSD = self.depthwise(x_BSD)
         if isinstance(self.norm, MaskedBatchNorm):
             x_BSD = self.norm(x_BSD, keep_BS)
         else:

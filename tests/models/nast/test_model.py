@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from eagleray.models.nast.autoregressive import AutoregressiveModel
 from eagleray.models.nast.config import AutoregressiveConfig, NastConfig
-from eagleray.models.nast.layers import MaskedBatchNorm, TextualLayer
+from eagleray.models.nast.layers import DepthwiseConvolution, MaskedBatchNorm, TextualLayer
 from eagleray.models.nast.losses import nast_loss
 from eagleray.models.nast.model import NastModel
 
@@ -210,6 +210,25 @@ def test_batch_norm_equals_torch_without_padding() -> None:
     torch.testing.assert_close(ours.running_variance, theirs.running_var)
     ours.eval(), theirs.eval()
     torch.testing.assert_close(ours(x, keep), theirs(x.transpose(1, 2)).transpose(1, 2), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("kernel", "frames"), [(15, 40), (5, 3), (1, 4)])
+def test_depthwise_convolution_equals_torch_over_one_dimension(kernel: int, frames: int) -> None:
+    """Values and both gradients, also of clips shorter than the kernel."""
+    ours = DepthwiseConvolution(6, kernel).double()
+    theirs = nn.Conv1d(6, 6, kernel, padding=kernel // 2, groups=6, bias=False).double()
+    theirs.load_state_dict(ours.state_dict())
+    x, downstream = torch.randn(2, 2, frames, 6).double().unbind()
+    x.requires_grad_()
+    found = ours(x)
+    expected = theirs(x.transpose(1, 2)).transpose(1, 2)
+    torch.testing.assert_close(found, expected)
+    for of_ours, of_theirs in zip(
+        torch.autograd.grad(found, (x, ours.weight), downstream),
+        torch.autograd.grad(expected, (x, theirs.weight), downstream),
+        strict=True,
+    ):
+        torch.testing.assert_close(of_ours, of_theirs)
 
 
 def test_relative_attention_equals_the_sum_over_offsets() -> None:
