@@ -104,13 +104,11 @@ def main(cfg: Config) -> dict[str, Any]:
         too_much: set[tuple[str, int]] = set()
         for batch in sorted(cfg.batch_sizes):
             for context in cfg.contexts:
-                models = {
-                    name: subject.model
-                    for name, subject in subjects.items()
-                    if (name, context) not in too_much
-                }
-                timed = _time(cfg, models, batch, context, device) if cfg.timed else {}
-                too_much |= {(name, context) for name in models.keys() - timed.keys()}
+                timed: dict[str, dict[str, float]] = {}
+                if cfg.timed:
+                    fit = {name: s.model for name, s in subjects.items() if (name, context) not in too_much}
+                    timed = _time(cfg, fit, batch, context, device)
+                    too_much |= {(name, context) for name in fit.keys() - timed.keys()}
                 for name, subject in subjects.items():
                     cost = decode_cost(
                         subject.config,
