@@ -87,7 +87,7 @@ class DepthwiseConvolution(nn.Conv1d):
     def __init__(self, width: int, kernel: int) -> None:
         super().__init__(width, width, kernel, padding=kernel // 2, groups=width, bias=False)
 
-    def forward(self, x_BSD: Tensor) -> Tensor:
+    def forward(self, x_BSD: Tensor) -> Tensor:  # type: ignore[override]
         x_BD1S, weight_D11K = x_BSD.transpose(1, 2)[:, :, None], self.weight[:, :, None]
         x_BD1S = F.conv2d(x_BD1S, weight_D11K, padding=(0, self.padding[0]), groups=self.groups)  # type: ignore[arg-type]
         return x_BD1S[:, :, 0].transpose(1, 2)
