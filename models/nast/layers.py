@@ -81,7 +81,7 @@ class DepthwiseConvolution(nn.Conv1d):
     """Each channel over time for itself, [B, S, D] to [B, S, D].
 
     It is done on a picture one frame high, whose channels lie innermost as ours do. Over one dimension torch knows no such
-    layout, and on a CPU takes 10 to 20 times as long, 3 to 5 times with the gradient.
+    layout, and on a CPU takes up to 20 times as long, about 3 to 5 times with the gradient.
     """
 
     def __init__(self, width: int, kernel: int) -> None:
