@@ -107,8 +107,7 @@ def _with_intervals(found: dict[str, Any]) -> None:
 
 def _measured(cfg: measure.Config, converted: dict[str, Any]) -> None:
     """Measured bytes of the caches are those of the formula; a cell for each model, batch size and prompt."""
-    report = measure.main(cfg)
-    cells = report["cells"]
+    cells = measure.main(cfg)["cells"]
     keys = ("batch", "context", "model")
     assert [tuple(cell[k] for k in keys) for cell in cells] == [
         (batch, context, model) for batch in (1, 2) for context in (32, 64) for model in ("full", "shared")
