@@ -299,8 +299,10 @@ def _side_process(
     import torch
     from transformers.utils import logging
 
+    from eagleray.platform.cpu import set_up_torch
+
     logging.disable_progress_bar()
-    torch.set_num_threads(threads)
+    set_up_torch(threads)
     baseline = resident_bytes()
 
     def peak() -> int:

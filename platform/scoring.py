@@ -136,9 +136,9 @@ class _Worker:
 
     def __init__(self, packed_build: bytes, threads: int) -> None:
         build, arguments = unpacked(packed_build)
-        import torch
+        from eagleray.platform.cpu import set_up_torch
 
-        torch.set_num_threads(threads)
+        set_up_torch(threads)
         self._score = build(**arguments)
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, Any]:

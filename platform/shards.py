@@ -121,9 +121,9 @@ class _Worker:
 
     def __init__(self, packed_build: bytes, place: str, threads: int) -> None:
         build, arguments = unpacked(packed_build)
-        import torch
+        from eagleray.platform.cpu import set_up_torch
 
-        torch.set_num_threads(threads)
+        set_up_torch(threads)
         self._folder = open_folder(place)
         self._process = build(**arguments)
 

@@ -26,6 +26,7 @@ def train_worker(loop: dict[str, Any]) -> dict[str, float] | None:
         from transformers.utils import logging as transformers_logging
 
         from eagleray.platform.config import validate_config
+        from eagleray.platform.cpu import set_up_torch
         from eagleray.platform.remote import leads_node, open_folder
         from eagleray.platform.training import run_training
 
@@ -38,7 +39,7 @@ def train_worker(loop: dict[str, Any]) -> dict[str, float] | None:
     logging.getLogger("eagleray").setLevel(logging.INFO)
     logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
     transformers_logging.disable_progress_bar()
-    torch.set_num_threads(loop["threads"])
+    set_up_torch(loop["threads"])
     cfg = validate_config(config_class, loop["config"], "worker")
     folder = open_folder(loop["run_dir"])
     if leads_node():

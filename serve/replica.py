@@ -167,11 +167,12 @@ class Replica:
 
     async def __init__(self, packed_start: bytes) -> None:
         start, settings = unpacked(packed_start)
-        import torch  # here, because the gateway imports this module and needs no torch
+        # Here, because the gateway imports this module and needs no torch.
+        from eagleray.platform.cpu import set_up_torch
 
         on_gpu = bool(ray.get_runtime_context().get_accelerator_ids().get("GPU"))
         if not on_gpu:
-            torch.set_num_threads(_threads())
+            set_up_torch(_threads())
         self._served = start(settings, device="cuda" if on_gpu else "cpu")
         self._exit = contextlib.AsyncExitStack()
         await self._exit.enter_async_context(self._served.running())

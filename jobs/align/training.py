@@ -173,10 +173,12 @@ def _train_worker(loop: dict[str, Any]) -> dict[str, float] | None:
     import torch
     from transformers.utils import logging as transformers_logging
 
+    from eagleray.platform.cpu import set_up_torch
+
     logging.getLogger().setLevel(logging.WARNING)
     logging.getLogger("eagleray").setLevel(logging.INFO)
     transformers_logging.disable_progress_bar()
-    torch.set_num_threads(loop["threads"])
+    set_up_torch(loop["threads"])
     # Ray Train has set rank and address; accelerate asks for these two besides.
     os.environ["ACCELERATE_USE_CPU"] = str(not torch.cuda.is_available()).lower()
     cfg: PolicyConfig = validate_config(_load(loop["config_class"]), loop["config"], "worker")

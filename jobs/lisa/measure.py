@@ -32,6 +32,7 @@ from eagleray.models.lisa.selection import layer_count
 from eagleray.models.lisa.spec import LisaSpec
 from eagleray.models.lisa.speed import time_decoding
 from eagleray.platform.config import ConfigError
+from eagleray.platform.cpu import set_up_torch
 from eagleray.platform.pretrained import load_pretrained
 from eagleray.platform.runs import RunFolder
 from eagleray.platform.sections import JobConfig, ModelSection
@@ -98,6 +99,7 @@ class Subject:
 def main(cfg: Config) -> dict[str, Any]:
     """Measure every model at every batch size and context, report."""
     with RunFolder.create(JOB, cfg).recording() as run:
+        set_up_torch()
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         subjects = _of_shape(cfg, device) if cfg.shape else _loaded(cfg, device)
         rows: list[dict[str, Any]] = []

@@ -43,6 +43,7 @@ from eagleray.models.lisa.distill import (
 from eagleray.models.lisa.losses import logit_distillation, next_token_loss
 from eagleray.models.lisa.spec import LisaSpec
 from eagleray.platform.config import Config as Section
+from eagleray.platform.cpu import set_up_torch
 from eagleray.platform.data.examples import write_examples
 from eagleray.platform.data.text import text_hashes
 from eagleray.platform.launch import TrainedRun, train
@@ -234,6 +235,7 @@ def main(cfg: Config, **options: Any) -> TrainedRun:
 
 
 def _prepare(cfg: Config, run: RunFolder) -> None:
+    set_up_torch()
     teacher = load_pretrained(AutoModelForCausalLM, cfg.model).eval()
     tokenizer = load_tokenizer(cfg.model)
     blocks = {"train": cfg.data.blocks(tokenizer, "train"), "eval": cfg.data.blocks(tokenizer, "dev")}
@@ -263,6 +265,7 @@ def prepare_sweep(cfg: Config, folder: Path) -> dict[str, Any]:
     Returns:
         Dotted config key -> value that the trials get.
     """
+    set_up_torch()
     found: dict[str, Any] = {}
     teacher, tokenizer = load_pretrained(AutoModelForCausalLM, cfg.model).eval(), load_tokenizer(cfg.model)
     blocks = {"train": cfg.data.blocks(tokenizer, "train"), "eval": cfg.data.blocks(tokenizer, "dev")}

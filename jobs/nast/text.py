@@ -45,6 +45,7 @@ from eagleray.models.nast.vocabulary import (
     save_vocabularies,
 )
 from eagleray.platform.config import Config as Section
+from eagleray.platform.cpu import set_up_torch
 from eagleray.platform.data.examples import write_examples
 from eagleray.platform.data.files import DataError, decode_utf8, open_data, sha256_of_file
 from eagleray.platform.launch import TrainedRun, train
@@ -240,6 +241,7 @@ def main(cfg: Config, **options: Any) -> TrainedRun:
 
 def translate(folder: Path, sources: Sequence[str]) -> list[str]:
     """Greedy translations by the model of a folder."""
+    set_up_torch()
     model = TextModel.from_pretrained(folder, use_safetensors=True).eval()
     vocabulary, _ = load_vocabularies(folder)
     texts: list[str] = []

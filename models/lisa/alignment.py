@@ -81,16 +81,18 @@ class HeadAlignment(nn.Module):
                 hidden_BMN = self._act(torch.matmul(wg, s_BHN)) * hidden_BMN
             else:
                 hidden_BMN = self._act(hidden_BMN)
-            mixed_BHN = _affine(w2, hidden_BMN, mixed_BHN)
+            own = mixed_BHN is not s_BHN and mixed_BHN is not b2 and not torch.is_grad_enabled()
+            mixed_BHN = _affine(w2, hidden_BMN, mixed_BHN, in_place=own)
         assert mixed_BHN is not None, "every kind has a linear path, a hidden layer or both"
         return mixed_BHN.view(scores.shape)
 
 
-def _affine(weight: Tensor, x_BIN: Tensor, plus: Tensor | None) -> Tensor:
-    """weight @ x + plus in one pass."""
+def _affine(weight: Tensor, x_BIN: Tensor, plus: Tensor | None, *, in_place: bool = False) -> Tensor:
+    """weight @ x + plus in one pass; `in_place` adds to `plus` itself."""
     if plus is None:
         return torch.matmul(weight, x_BIN)
-    return torch.baddbmm(plus, weight.expand(len(x_BIN), -1, -1), x_BIN)
+    weights = weight.expand(len(x_BIN), -1, -1)
+    return torch.baddbmm(plus, weights, x_BIN, out=plus if in_place else None)
 
 
 def _parameter(wanted: bool, *shape: int) -> nn.Parameter | None:

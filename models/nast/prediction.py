@@ -66,7 +66,7 @@ class PredictionAdapter(nn.Module):
         p_BSV = logits_BSV.softmax(dim=-1, dtype=torch.float32).to(h_BSD.dtype)
         if oracle is not None:
             p_BSV = mix_oracle(p_BSV, oracle)
-        context = p_BSV @ self.weight
+        context = F.linear(p_BSV, self.weight.T)
         if self.kind == "context":
             return context
         if self.kind == "inter_league":
