@@ -63,11 +63,16 @@ class _OneDnnLinear(torch.autograd.Function):
         input, weight = ctx.saved_tensors
         wants_input, wants_weight, wants_bias = ctx.needs_input_grad
         (grad,) = grads
-        rows = grad.flatten(0, -2)
+        grad_NO, input_NI = grad.flatten(0, -2), input.flatten(0, -2)
+        weight_grad: Tensor | None = None
+        if wants_weight:
+            # oneDNN copies a transposed first factor, so that should be the smaller one.
+            wide = len(weight) > weight.shape[1]
+            weight_grad = linear(input_NI.T, grad_NO.T).T if wide else linear(grad_NO.T, input_NI.T)
         return (
             linear(grad, weight.T) if wants_input else None,
-            linear(rows.T, input.flatten(0, -2).T) if wants_weight else None,
-            rows.sum(0) if wants_bias else None,
+            weight_grad,
+            grad_NO.sum(0) if wants_bias else None,
         )
 
 

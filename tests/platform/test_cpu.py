@@ -47,12 +47,13 @@ def _gradients(function: object, x: Tensor, w: Tensor, b: Tensor | None) -> list
 
 @pytest.mark.parametrize("shape", [(256,), (8, 40), (2, 3, 64)])
 @pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize(("inputs", "outputs"), [(160, 384), (384, 160)])
 def test_values_and_gradients_are_those_of_torch(
-    shape: tuple[int, ...], bias: bool, calls: list[tuple[int, ...]]
+    shape: tuple[int, ...], bias: bool, inputs: int, outputs: int, calls: list[tuple[int, ...]]
 ) -> None:
     torch.manual_seed(0)
-    x, w = torch.randn(*shape, 160), torch.randn(384, 160)
-    b = torch.randn(384) if bias else None
+    x, w = torch.randn(*shape, inputs), torch.randn(outputs, inputs)
+    b = torch.randn(outputs) if bias else None
     ours, theirs = _gradients(cpu.linear, x, w, b), _gradients(F.linear, x, w, b)
     assert len(calls) == 3, "the product and both gradients"
     for mine, its in zip(ours, theirs, strict=True):
