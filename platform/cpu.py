@@ -1,19 +1,20 @@
 """How the processes of a run compute on a CPU: threads, and the library that multiplies linear layers.
 
-torch hands products in float32 to MKL, which leaves half of the vector units of AMD's processors with AVX-512 idle. oneDNN,
-which torch carries too, uses them: on two cores the products of a linear layer then take 0.45 times as long, forward and
-backward (docs/decisions/0016-linear-on-amd.md). It computes in float32 all the same.
+torch hands products in float32 to MKL. On processors of AMD with AVX-512 oneDNN, which torch carries too, is faster: the
+products of a linear layer take about half as long, forward and backward, in float32 all the same
+(docs/decisions/0016-linear-on-amd.md).
 """
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-_mkl_linear = F.linear
+_torch_linear = F.linear
 
 
 def set_up_torch(threads: int | None = None) -> None:
@@ -23,7 +24,12 @@ def set_up_torch(threads: int | None = None) -> None:
     """
     if threads is not None:
         torch.set_num_threads(threads)
-    F.linear = linear if one_dnn_is_faster() else _mkl_linear
+    if one_dnn_is_faster():
+        # oneDNN prepares a program for every shape and keeps 1,024 of them. With texts of all lengths they become many, and
+        # lie between the large blocks of the heap, so that freed ones can't be joined: gigabytes in place of megabytes.
+        for name in ("LRU_CACHE_CAPACITY", "ONEDNN_PRIMITIVE_CACHE_CAPACITY"):
+            os.environ.setdefault(name, "64")
+        F.linear = linear
 
 
 def one_dnn_is_faster() -> bool:
@@ -41,13 +47,9 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
     It pays in float32 on a CPU, for products that are not too small and have few or many rows.
     """
-    if _pays(input, weight):
-        return (
-            _OneDnnLinear.apply(input, weight, bias)
-            if torch.is_grad_enabled()
-            else _multiply(input, weight, bias)
-        )
-    return _mkl_linear(input, weight, bias)
+    if not _pays(input, weight):
+        return _torch_linear(input, weight, bias)
+    return (_OneDnnLinear.apply if torch.is_grad_enabled() else _multiply)(input, weight, bias)
 
 
 class _OneDnnLinear(torch.autograd.Function):
@@ -55,24 +57,25 @@ class _OneDnnLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        ctx.save_for_backward(input, weight)
+        wants_input, wants_weight, _ = ctx.needs_input_grad
+        ctx.save_for_backward(input if wants_weight else None, weight if wants_input else None)
+        ctx.wide = len(weight) > weight.shape[1]
         return _multiply(input, weight, bias)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         input, weight = ctx.saved_tensors
-        wants_input, wants_weight, wants_bias = ctx.needs_input_grad
         (grad,) = grads
-        grad_NO, input_NI = grad.flatten(0, -2), input.flatten(0, -2)
+        grad_NO = grad.flatten(0, -2)
         weight_grad: Tensor | None = None
-        if wants_weight:
+        if input is not None:
+            input_NI = input.flatten(0, -2)
             # oneDNN copies a transposed first factor, so that should be the smaller one.
-            wide = len(weight) > weight.shape[1]
-            weight_grad = linear(input_NI.T, grad_NO.T).T if wide else linear(grad_NO.T, input_NI.T)
+            weight_grad = linear(input_NI.T, grad_NO.T).T if ctx.wide else linear(grad_NO.T, input_NI.T)
         return (
-            linear(grad, weight.T) if wants_input else None,
+            None if weight is None else linear(grad, weight.T),
             weight_grad,
-            grad_NO.sum(0) if wants_bias else None,
+            grad_NO.sum(0) if ctx.needs_input_grad[2] else None,
         )
 
 
@@ -87,5 +90,6 @@ def _pays(input: Tensor, weight: Tensor) -> bool:
         return False
     work, entries = input.numel() * weight.shape[0], weight.numel()
     rows = work // max(1, entries)
-    # Between 12 and 64 rows MKL was the faster one, and for small products the way to oneDNN takes longer than they do.
-    return work >= 2**19 and entries >= 2**18 if rows <= 12 else rows >= 64 and work >= 2**23
+    # Between 12 and 64 rows MKL was the faster one. Below 2^25 multiplications preparing a shape that never comes again
+    # takes longer than oneDNN saves; few rows are steps of decoding, whose shapes come again.
+    return work >= 2**19 and entries >= 2**18 if rows <= 12 else rows >= 64 and work >= 2**25

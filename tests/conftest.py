@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -35,6 +36,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Files that start Ray come first, so that at the end no core is left with a long one alone."""
     long = {item.path for item in items if item.get_closest_marker("ray")}
     items.sort(key=lambda item: item.path not in long)
+
+
+@pytest.fixture(autouse=True)
+def _linear_of_torch() -> Iterator[None]:
+    """Jobs that compute in this process leave another `F.linear` behind."""
+    yield
+    if (cpu := sys.modules.get("eagleray.platform.cpu")) is not None:
+        cpu.F.linear = cpu._torch_linear
 
 
 @pytest.fixture(scope="session")

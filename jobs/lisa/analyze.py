@@ -17,6 +17,7 @@ from eagleray.jobs.lisa.sections import BlocksSection, as_texts
 from eagleray.models.lisa.plots import plot_neighbours, plot_sensitivity, plot_similarity
 from eagleray.models.lisa.probe import probe_noise, probe_sharing
 from eagleray.models.lisa.similarity import Reduction, layer_similarity
+from eagleray.platform.cpu import set_up_torch
 from eagleray.platform.pretrained import load_pretrained, load_tokenizer
 from eagleray.platform.runs import RunFolder
 from eagleray.platform.sections import JobConfig, ModelSection
@@ -45,6 +46,7 @@ class Config(JobConfig):
 def main(cfg: Config) -> dict[str, Any]:
     """Measure, plot, report."""
     with RunFolder.create(JOB, cfg).recording() as run:
+        set_up_torch()
         model = load_pretrained(AutoModelForCausalLM, cfg.model).eval()
         blocks = cfg.data.blocks(load_tokenizer(cfg.model), "dev")
         similarity = layer_similarity(

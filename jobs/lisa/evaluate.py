@@ -30,6 +30,7 @@ from eagleray.models.lisa.similarity import layer_similarity
 from eagleray.models.lisa.spec import LisaSpec
 from eagleray.platform.config import Config as Section
 from eagleray.platform.config import ConfigError
+from eagleray.platform.cpu import set_up_torch
 from eagleray.platform.pretrained import load_pretrained, load_tokenizer
 from eagleray.platform.runs import RunFolder
 from eagleray.platform.sections import JobConfig, ModelSection
@@ -73,6 +74,7 @@ def main(cfg: Config) -> dict[str, Any]:
     if cfg.tasks is not None:
         _harness()  # missing is better known before than after hours
     with RunFolder.create(JOB, cfg).recording() as run:
+        set_up_torch()
         tokenizer = load_tokenizer(next(iter(cfg.models.values())))
         texts = as_texts(cfg.data.blocks(tokenizer, "dev"))
         report: dict[str, Any] = {}

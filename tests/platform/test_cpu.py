@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 
 import pytest
@@ -17,10 +18,9 @@ pytestmark = pytest.mark.skipif(
 
 
 @pytest.fixture(autouse=True)
-def _restore() -> Iterator[None]:
-    before, threads = F.linear, torch.get_num_threads()
+def _same_threads() -> Iterator[None]:
+    threads = torch.get_num_threads()
     yield
-    F.linear = before
     torch.set_num_threads(threads)
 
 
@@ -47,7 +47,7 @@ def _gradients(function: object, x: Tensor, w: Tensor, b: Tensor | None) -> list
 
 @pytest.mark.parametrize("shape", [(256,), (8, 40), (2, 3, 64)])
 @pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize(("inputs", "outputs"), [(160, 384), (384, 160)])
+@pytest.mark.parametrize(("inputs", "outputs"), [(320, 512), (512, 320)])
 def test_values_and_gradients_are_those_of_torch(
     shape: tuple[int, ...], bias: bool, inputs: int, outputs: int, calls: list[tuple[int, ...]]
 ) -> None:
@@ -63,8 +63,8 @@ def test_values_and_gradients_are_those_of_torch(
 def test_strided_factors_and_second_derivatives(calls: list[tuple[int, ...]]) -> None:
     """As in a tied head or a product with a table: the weight is a transposed view, the input a slice."""
     torch.manual_seed(0)
-    x = torch.randn(160, 300)[:, ::2].T.requires_grad_()
-    w = torch.randn(160, 512).T.requires_grad_()
+    x = torch.randn(640, 300)[:, ::2].T.requires_grad_()
+    w = torch.randn(640, 512).T.requires_grad_()
 
     def second(function: object) -> list[Tensor]:
         out = function(x, w).square().sum()  # type: ignore[operator]
@@ -76,10 +76,17 @@ def test_strided_factors_and_second_derivatives(calls: list[tuple[int, ...]]) ->
     assert calls
 
 
-def test_a_frozen_weight_gets_no_gradient_and_costs_none(calls: list[tuple[int, ...]]) -> None:
-    x, w = torch.randn(256, 256, requires_grad=True), torch.randn(256, 256)
-    cpu.linear(x, w).sum().backward()
-    assert x.grad is not None and w.grad is None and len(calls) == 2
+def test_a_frozen_weight_needs_neither_its_gradient_nor_the_input(calls: list[tuple[int, ...]]) -> None:
+    x, w = torch.randn(256, 320, requires_grad=True), torch.randn(512, 320)
+    kept: list[tuple[int, ...]] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(tuple(t.shape)) or t, lambda t: t):
+        out = cpu.linear(x, w)
+    out.sum().backward()
+    assert kept == [(512, 320)] and x.grad is not None and len(calls) == 2
+    kept.clear()
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(tuple(t.shape)) or t, lambda t: t):
+        cpu.linear(x.detach(), torch.randn(512, 320, requires_grad=True))
+    assert kept == [(256, 320)], "the input, not the weight"
 
 
 @pytest.mark.parametrize(
@@ -118,8 +125,12 @@ def test_only_processors_where_it_is_faster_use_it(
 ) -> None:
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"cpu_name": maker})
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: vectors)
+    monkeypatch.delenv("LRU_CACHE_CAPACITY", raising=False)
+    monkeypatch.setenv("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "7")
     cpu.set_up_torch(1)
     assert torch.get_num_threads() == 1
+    assert os.environ.get("LRU_CACHE_CAPACITY") == ("64" if faster else None)
+    assert os.environ["ONEDNN_PRIMITIVE_CACHE_CAPACITY"] == "7", "what the user has set stays"
     layer, x = nn.Linear(512, 512), torch.randn(4, 64, 512)
     layer(x)
     assert calls == ([(4, 64, 512)] if faster else [])
