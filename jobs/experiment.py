@@ -186,7 +186,7 @@ def dry_run(cfg: Config, console: Console) -> None:
         soft_wrap=True,
     )
     if seconds:
-        whole, side_by_side = sum(seconds.values()), makespan(todo, seconds, needs, have)
+        whole, side_by_side = sum(seconds.values()), makespan(stages, seconds, needs, have)
         more = f", and {unknown} stage(s) of unknown length" if unknown else ""
         console.print(
             f"About {format_seconds(side_by_side)} ({format_seconds(whole)} one after the other){more}.",

@@ -56,7 +56,11 @@ def test_from_a_file_to_a_report_and_again(
     messages = capsys.readouterr().err
     assert "1 of 2 stages failed" in messages and "same command again" in messages
     assert "tset.jsonl is not there" in messages and "test.jsonl, train.jsonl" in messages
-    path = _write(tmp_path / "toy.yaml", _values())
+    values = _values()
+    values["stages"]["choose"]["minutes"] = 3
+    path = _write(tmp_path / "toy.yaml", values)
+    assert _run(path, "--dry-run") == 0
+    assert "About 3 min 00 s" in capsys.readouterr().out, "what it needs is done"
     assert _run(path) == 0
     table = capsys.readouterr().out
     assert "| training pairs (pairs) | 12 |" in table
