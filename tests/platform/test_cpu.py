@@ -12,10 +12,6 @@ from torch import Tensor, nn
 
 from eagleray.platform import cpu
 
-pytestmark = pytest.mark.skipif(
-    not torch.backends.mkldnn.is_available(), reason="this build of torch has no oneDNN"
-)
-
 
 @pytest.fixture(autouse=True)
 def _same_threads() -> Iterator[None]:
