@@ -85,10 +85,15 @@ def in_form(record: VisualPreference, form: Form) -> VisualPreference:
     if form == "caption":
         if not record.caption:
             raise RecordError("`caption` is missing", "a caption takes the place of the picture")
-        prompt = f"Image description: {record.caption}\nQuestion: {record.prompt}"
+        prompt = caption_prompt(record.caption, record.prompt)
     # Another form is another sample: a mixture may hold both.
     name = f"{record.id}#{form}" if record.image else record.id
     return VisualPreference(name, prompt, record.responses, None, record.caption, origin, record.group)
+
+
+def caption_prompt(caption: str, prompt: str) -> str:
+    """A question about a picture that a caption stands for."""
+    return f"Image description: {caption}\nQuestion: {prompt}"
 
 
 def without_marker(prompt: str, *, has_image: bool) -> str:

@@ -10,11 +10,12 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoModelForImageTextToText, AutoProcessor, Qwen2VLConfig
 
 from eagleray.jobs.rovrm import pretrain, train
+from eagleray.models.rovrm.scenes import make_scenes
 from eagleray.models.rovrm.synthetic import make_visual, write_visual
-from eagleray.platform.config import load_config
+from eagleray.platform.config import ConfigError, load_config
 from eagleray.platform.data.sources import DataError
 from eagleray.platform.runs import RunFolder
 
@@ -99,6 +100,65 @@ def test_each_picture_is_described_once_and_texts_are_read_for_the_vocabulary(tm
     assert run.read_manifest()["data"]["too_long"] == []
 
 
+def test_scenes_in_words_are_described_without_pictures(tmp_path: Path) -> None:
+    run, task = _prepared(tmp_path, "scenes=60", "data.synthetic=[{kind: text, samples: 24}]")
+    batch = task.train_batch([0, 1, 2], step=0)
+    assert set(batch.tensors) == {"input_ids", "target_mask"}
+    scenes = {scene.id: scene for scene in make_scenes(60, 0)}
+    for name, ids, mask in zip(
+        batch.ids, batch.tensors["input_ids"], batch.tensors["target_mask"], strict=True
+    ):
+        decode = task.encoder.tokenizer.decode
+        assert decode(ids[mask]) == f" {scenes[name].caption}<|eos|>"
+        assert decode(ids).startswith(
+            f"<|bos|>{task.encoder.template.system} USER: Image description: {scenes[name].told}\n"
+            "Question: Describe the picture. ASSISTANT:"
+        )
+    assert (len(task.train), len(task.eval)) == (60, 16)
+    assert run.read_manifest()["data"]["too_long"] == []
+
+
+@pytest.mark.parametrize(
+    ("parts", "prefixes"),
+    [
+        ("[projector]", {"model.multi_modal_projector."}),
+        ("[vision_tower, projector]", {"model.vision_tower.", "model.multi_modal_projector."}),
+        ("[language_model]", {"model.language_model."}),
+    ],
+)
+def test_only_the_named_parts_are_trained(tmp_path: Path, parts: str, prefixes: set[str]) -> None:
+    _, task = _prepared(tmp_path, f"parts={parts}")
+    parameters = dict(task.build_model().named_parameters())
+    trained = {name for name, parameter in parameters.items() if parameter.requires_grad}
+    assert trained == {name for name in parameters if name.startswith(tuple(prefixes))}
+    assert trained
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["scratch=null"], "give either `model.path`"),
+        (["model.path=folder"], "give either `model.path`"),
+        (["lora={rank: 4}"], "`parts` says what is trained"),
+        (["scenes=60", "parts=[projector]"], "put it into `parts`"),
+        (["parts=[]"], "parts"),
+    ],
+)
+def test_configs_that_do_not_fit_are_refused(tmp_path: Path, overrides: list[str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        _config(tmp_path, *overrides)
+
+
+def test_a_model_of_another_family_is_refused(tmp_path: Path) -> None:
+    """Its weights are not looked at: the configuration says what it is."""
+    folder = tmp_path / "other"
+    _, task = _prepared(tmp_path)
+    task.save_extras(folder)
+    Qwen2VLConfig().save_pretrained(folder)
+    with pytest.raises(ValueError, match="holds a 'qwen2_vl'; this job trains a LLaVA"):
+        _prepared(tmp_path, "scratch=null", f"model.path={folder}", f"run.dir={tmp_path / 'second'}")
+
+
 def test_data_without_captions_is_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no row has a picture and a caption"):
         _prepared(tmp_path, "data.synthetic=[{kind: text, samples: 24}]")
@@ -136,3 +196,26 @@ def test_it_learns_writes_and_is_what_a_phase_starts_from(tmp_path: Path) -> Non
     started = train.VisualTask(cfg, run.data).build_model()
     for name, weight in model.model.state_dict().items():
         assert torch.equal(started.state_dict()[f"model.{name}"], weight), name
+
+
+@pytest.mark.ray
+@pytest.mark.usefixtures("ray_cluster")
+def test_a_tower_is_aligned_with_a_language_model_that_reads(tmp_path: Path) -> None:
+    """Two runs, two workers each: the second moves tower and projector only, and ends as a LLaVA folder too."""
+    options = ["ray.num_workers=2", "tracking.tensorboard=false", "train.max_steps=6", "train.eval_every=6"]
+    read = pretrain.main(
+        _config(tmp_path, "scenes=100", "parts=[language_model]", f"run.dir={tmp_path / 'read'}", *options)
+    )
+    start = [
+        "scratch=null",
+        f"model.path={read.path / 'model'}",
+        "parts=[vision_tower, projector]",
+        "train.keep_model=last",
+    ]
+    see = pretrain.main(_config(tmp_path, f"run.dir={tmp_path / 'see'}", *start, *options))
+    before, after = (
+        AutoModelForImageTextToText.from_pretrained(done.path / "model").state_dict() for done in (read, see)
+    )
+    moved = {name for name, weight in before.items() if not torch.equal(weight, after[name])}
+    assert moved == {name for name in before if "vision_tower" in name or "multi_modal_projector" in name}
+    AutoProcessor.from_pretrained(see.path / "model")
