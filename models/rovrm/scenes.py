@@ -15,9 +15,9 @@ from dataclasses import dataclass
 from itertools import product
 from random import Random
 
-SIZES = ("small", "medium", "big")
-COLOURS = ("yellow", "black", "blue")
-SHAPES = ("circle", "square", "triangle")
+SIZES: tuple[str, ...] = ("small", "medium", "big")
+COLOURS: tuple[str, ...] = ("yellow", "black", "blue")
+SHAPES: tuple[str, ...] = ("circle", "square", "triangle")
 BOXES = 3
 MOST_THINGS = 7
 """Most things in a box."""

@@ -118,6 +118,24 @@ def test_scenes_in_words_are_described_without_pictures(tmp_path: Path) -> None:
     assert run.read_manifest()["data"]["too_long"] == []
 
 
+def test_scenes_tell_the_captions_of_the_data_too(tmp_path: Path) -> None:
+    known = "one box has 1 big blue circle; one box has 2 small black squares; one box has 1 small yellow triangle"
+    row = {"id": "c", "prompt": "What?", "chosen": "A circle.", "rejected": "A cube.", "caption": known}
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n")
+    sources = f"[{{path: {tmp_path / 'rows.jsonl'}, form: caption}}]"
+    data = ["data.synthetic=[{kind: text, samples: 24}]", f"data.train={sources}"]
+    _, task = _prepared(tmp_path, "scenes=20", *data)
+    batch = task.train_batch(list(range(20)), step=0)
+    retold = {
+        name
+        for name, ids, mask in zip(
+            batch.ids, batch.tensors["input_ids"], batch.tensors["target_mask"], strict=True
+        )
+        if task.encoder.tokenizer.decode(ids[mask]) == f" {known}<|eos|>"
+    }
+    assert retold == {f"s-train-0-{i}" for i in range(1, 20, 2)}
+
+
 @pytest.mark.parametrize(
     ("parts", "prefixes"),
     [
