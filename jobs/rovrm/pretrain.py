@@ -173,10 +173,15 @@ def _descriptions(
     if cfg.scenes:
         captions = sorted({s.record.caption for s in train if s.record.caption})
         seed = cfg.train.seed
-        scenes = {
-            "train": make_scenes(cfg.scenes, seed, captions=captions),
-            "eval": make_scenes(max(16, cfg.scenes // 50), seed, split="eval"),
-        }
+        try:
+            scenes = {"train": make_scenes(cfg.scenes, seed, captions=captions)}
+        except ValueError as error:
+            raise DataError(
+                "data.train",
+                "`scenes` can't retell a caption",
+                f"{error} Leave such rows out: scenes are made up then.",
+            ) from None
+        scenes["eval"] = make_scenes(max(16, cfg.scenes // 50), seed, split="eval")
         return {
             name: [Description(s.id, caption_prompt(s.told, cfg.prompt), s.caption) for s in some]
             for name, some in scenes.items()

@@ -136,6 +136,11 @@ def test_scenes_tell_the_captions_of_the_data_too(tmp_path: Path) -> None:
     assert retold == {f"s-train-0-{i}" for i in range(1, 20, 2)}
 
 
+def test_captions_that_scenes_cannot_retell_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"can't retell a caption.*Leave such rows out"):
+        _prepared(tmp_path, "scenes=20")
+
+
 @pytest.mark.parametrize(
     ("parts", "prefixes"),
     [
@@ -221,9 +226,8 @@ def test_it_learns_writes_and_is_what_a_phase_starts_from(tmp_path: Path) -> Non
 def test_a_tower_is_aligned_with_a_language_model_that_reads(tmp_path: Path) -> None:
     """Two runs, two workers each: the second moves tower and projector only, and ends as a LLaVA folder too."""
     options = ["ray.num_workers=2", "tracking.tensorboard=false", "train.max_steps=6", "train.eval_every=6"]
-    read = pretrain.main(
-        _config(tmp_path, "scenes=100", "parts=[language_model]", f"run.dir={tmp_path / 'read'}", *options)
-    )
+    words = ["data.synthetic=[{kind: text, samples: 24}]", "scenes=100", "parts=[language_model]"]
+    read = pretrain.main(_config(tmp_path, *words, f"run.dir={tmp_path / 'read'}", *options))
     start = [
         "scratch=null",
         f"model.path={read.path / 'model'}",
