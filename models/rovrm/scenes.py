@@ -3,7 +3,7 @@
 A scene is three boxes of things. It is told as a list of its things in any order, one mention each, and described by a
 caption, which counts them. To get from one to the other a model has to find what belongs together and to count it; and a
 picture is such a list too, of what is seen at each place. So a tower that is aligned with this language model has to say
-what is where, and what the model learns from captions later holds for pictures (docs/rovrm.md).
+what is where, and what the model learns from captions later can hold for pictures (docs/rovrm.md).
 """
 
 from __future__ import annotations

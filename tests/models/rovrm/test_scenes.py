@@ -44,7 +44,7 @@ def test_what_is_told_is_what_is_described() -> None:
         for told, described in zip(scene.told.split("; "), scene.caption.split("; "), strict=True):
             assert _listed(told) == _counted(described)
             assert 1 <= _listed(told).total() <= MOST_THINGS
-    # A fifth either way is seven standard deviations.
+    # A fifth either way is more than eight standard deviations.
     assert abs(listed / 400 - (1 - CAPTIONS)) < 0.2
 
 
