@@ -31,7 +31,7 @@ from eagleray.models.rovrm.encoding import VisualEncoder
 from eagleray.models.rovrm.families import Part, Pixels, family_of, join_pixels
 from eagleray.models.rovrm.images import decode_image
 from eagleray.models.rovrm.records import caption_prompt
-from eagleray.models.rovrm.scenes import make_scenes
+from eagleray.models.rovrm.scenes import NUMBERS_PROMPT, make_scenes
 from eagleray.models.rovrm.scratch import build_captioner, llava_processor
 from eagleray.platform.data.examples import write_examples
 from eagleray.platform.data.sources import DataError
@@ -66,8 +66,8 @@ class Config(TrainingConfig):
     """Rows with `image` and `caption`, in any layout; each picture is described once. The vocabulary
     of a model from random weights has the words of all rows."""
     scenes: int | None = Field(default=None, ge=1)
-    """Describe this many scenes that are told in words, and no pictures: the captions of `data` and made-up ones in turn, in
-    the words of NLVR (`models/rovrm/scenes.py`)."""
+    """Describe and count this many scenes that are told in words, and no pictures: the captions of `data` and made-up ones in
+    turn, in the words of NLVR (`models/rovrm/scenes.py`)."""
     cache_images: int = Field(default=512, ge=0)
     """Pictures that a worker keeps as tensors, so that they are decoded and resized once."""
     optim: OptimSection = OptimSection(lr=1e-3)
@@ -183,7 +183,14 @@ def _descriptions(
             ) from None
         scenes["eval"] = make_scenes(max(16, cfg.scenes // 50), seed, split="eval")
         return {
-            name: [Description(s.id, caption_prompt(s.told, cfg.prompt), s.caption) for s in some]
+            name: [
+                Description(f"{s.id}-{kind}", caption_prompt(s.told, prompt), answer)
+                for s in some
+                for kind, prompt, answer in (
+                    ("caption", cfg.prompt, s.caption),
+                    ("numbers", NUMBERS_PROMPT, s.numbers),
+                )
+            ]
             for name, some in scenes.items()
         }
     described: dict[str, list[Description]] = {}

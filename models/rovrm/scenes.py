@@ -1,7 +1,8 @@
 """Scenes in the words of NLVR's captions: texts from which a small language model learns to read.
 
-A scene is three boxes of things. It is told as a list of its things in any order, one mention each, and described by a
-caption, which counts them. To get from one to the other a model has to find what belongs together and to count it; and a
+A scene is three boxes of things. It is told as a list of its things in any order, one mention each. It is described by a
+caption, which counts the things of each kind, and by its numbers, which count everything that colours, shapes, sizes and
+boxes have in common. To get from the list to either a model has to find what belongs together and to count it; and a
 picture is such a list too, of what is seen at each place. So a tower that is aligned with this language model has to say
 what is where, and what the model learns from captions later can hold for pictures (docs/rovrm.md).
 """
@@ -12,7 +13,7 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import product
+from itertools import combinations, product
 from random import Random
 
 SIZES: tuple[str, ...] = ("small", "medium", "big")
@@ -24,6 +25,10 @@ MOST_THINGS = 7
 CAPTIONS = 0.3
 """Share of scenes that are told by their caption, so that counts are read as well as counted."""
 
+NUMBERS_PROMPT = "Count what is in the picture."
+"""What a scene's numbers are the answer to."""
+
+_NUMERALS = ("none", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
 _THINGS = re.compile(rf"(\d+) ({'|'.join(SIZES)}) ({'|'.join(COLOURS)}) ({'|'.join(SHAPES)})s?")
 
 Thing = tuple[str, str, str]
@@ -39,6 +44,8 @@ class Scene:
     """Every thing on its own; or the caption."""
     caption: str
     """The things of each box by kind, with their numbers, as NLVR's structures are put into words."""
+    numbers: str
+    """Half of what `count` says of them, in any order."""
 
 
 def make_scenes(n: int, seed: int, *, split: str = "train", captions: Sequence[str] = ()) -> list[Scene]:
@@ -62,13 +69,46 @@ def make_scenes(n: int, seed: int, *, split: str = "train", captions: Sequence[s
         else:
             boxes = [_box(rng) for _ in range(BOXES)]
             caption = describe(boxes)
-        scenes.append(Scene(f"s-{split}-{seed}-{i}", _told(rng, boxes, caption), caption))
+        told, numbers = _told(rng, boxes, caption), count(boxes)
+        some = ". ".join(rng.sample(numbers, len(numbers) // 2))
+        scenes.append(Scene(f"s-{split}-{seed}-{i}", told, caption, some))
     return scenes
 
 
 def describe(boxes: list[list[Thing]]) -> str:
     """The caption of boxes: kinds of things with their numbers, the most frequent first, then by words."""
     return "; ".join(f"one box has {_counted(things)}" for things in boxes)
+
+
+def count(boxes: list[list[Thing]]) -> list[str]:
+    """How many things there are of each colour and shape, colour, shape, size and at all; in how many boxes there is one of
+    a colour or shape; and which of two colours has more.
+    """
+    things = [thing for box in boxes for thing in box]
+    colours = Counter(colour for _, colour, _ in things)
+    counts = {
+        **{f"{c} {s}s": sum(thing[1:] == (c, s) for thing in things) for c, s in product(COLOURS, SHAPES)},
+        **{f"{c} objects": colours[c] for c in COLOURS},
+        **{f"{s}s": sum(s in thing for thing in things) for s in SHAPES},
+        **{f"{z} objects": sum(z in thing for thing in things) for z in SIZES},
+        "objects": len(things),
+        **{
+            f"boxes with something {c}": sum(any(c in thing for thing in box) for box in boxes)
+            for c in COLOURS
+        },
+        **{f"boxes with a {s}": sum(any(s in thing for thing in box) for box in boxes) for s in SHAPES},
+    }
+    more = {
+        f"{a} or {b} objects": a if colours[a] > colours[b] else b if colours[b] > colours[a] else "as many"
+        for a, b in combinations(COLOURS, 2)
+    }
+    return [f"{what}: {_numeral(n)}" for what, n in counts.items()] + [
+        f"{what}: {a}" for what, a in more.items()
+    ]
+
+
+def _numeral(n: int) -> str:
+    return _NUMERALS[n] if n < len(_NUMERALS) else str(n)
 
 
 def read_caption(caption: str) -> list[list[Thing]]:

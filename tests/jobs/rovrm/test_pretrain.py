@@ -100,22 +100,28 @@ def test_each_picture_is_described_once_and_texts_are_read_for_the_vocabulary(tm
     assert run.read_manifest()["data"]["too_long"] == []
 
 
-def test_scenes_in_words_are_described_without_pictures(tmp_path: Path) -> None:
-    run, task = _prepared(tmp_path, "scenes=60", "data.synthetic=[{kind: text, samples: 24}]")
-    batch = task.train_batch([0, 1, 2], step=0)
-    assert set(batch.tensors) == {"input_ids", "target_mask"}
-    scenes = {scene.id: scene for scene in make_scenes(60, 0)}
-    for name, ids, mask in zip(
-        batch.ids, batch.tensors["input_ids"], batch.tensors["target_mask"], strict=True
-    ):
-        decode = task.encoder.tokenizer.decode
-        assert decode(ids[mask]) == f" {scenes[name].caption}<|eos|>"
-        assert decode(ids).startswith(
-            f"<|bos|>{task.encoder.template.system} USER: Image description: {scenes[name].told}\n"
-            "Question: Describe the picture. ASSISTANT:"
-        )
-    assert (len(task.train), len(task.eval)) == (60, 16)
+def test_scenes_in_words_are_described_and_counted_without_pictures(tmp_path: Path) -> None:
+    run, task = _prepared(
+        tmp_path, "scenes=60", "data.synthetic=[{kind: text, samples: 24}]", "max_length=500"
+    )
+    assert (len(task.train), len(task.eval)) == (120, 32)
     assert run.read_manifest()["data"]["too_long"] == []
+    batch = task.train_batch(list(range(120)), step=0)
+    assert set(batch.tensors) == {"input_ids", "target_mask"}
+    expected = {}
+    for scene in make_scenes(60, 0):
+        expected[f"{scene.id}-caption"] = (scene.told, "Describe the picture.", scene.caption)
+        expected[f"{scene.id}-numbers"] = (scene.told, "Count what is in the picture.", scene.numbers)
+    assert set(batch.ids) == set(expected)
+    decode = task.encoder.tokenizer.decode
+    ids, masks = batch.tensors["input_ids"], batch.tensors["target_mask"]
+    for name, row, mask in zip(batch.ids, ids, masks, strict=True):
+        told, prompt, answer = expected[name]
+        assert decode(row[mask]) == f" {answer}<|eos|>"
+        assert decode(row).startswith(
+            f"<|bos|>{task.encoder.template.system} USER: Image description: {told}\n"
+            f"Question: {prompt} ASSISTANT:"
+        )
 
 
 def test_scenes_tell_the_captions_of_the_data_too(tmp_path: Path) -> None:
@@ -124,8 +130,8 @@ def test_scenes_tell_the_captions_of_the_data_too(tmp_path: Path) -> None:
     (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n")
     sources = f"[{{path: {tmp_path / 'rows.jsonl'}, form: caption}}]"
     data = ["data.synthetic=[{kind: text, samples: 24}]", f"data.train={sources}"]
-    _, task = _prepared(tmp_path, "scenes=20", *data)
-    batch = task.train_batch(list(range(20)), step=0)
+    _, task = _prepared(tmp_path, "scenes=20", "max_length=500", *data)
+    batch = task.train_batch(list(range(40)), step=0)
     retold = {
         name
         for name, ids, mask in zip(
@@ -133,7 +139,7 @@ def test_scenes_tell_the_captions_of_the_data_too(tmp_path: Path) -> None:
         )
         if task.encoder.tokenizer.decode(ids[mask]) == f" {known}<|eos|>"
     }
-    assert retold == {f"s-train-0-{i}" for i in range(1, 20, 2)}
+    assert retold == {f"s-train-0-{i}-caption" for i in range(1, 20, 2)}
 
 
 def test_captions_that_scenes_cannot_retell_are_refused(tmp_path: Path) -> None:
@@ -226,7 +232,7 @@ def test_it_learns_writes_and_is_what_a_phase_starts_from(tmp_path: Path) -> Non
 def test_a_tower_is_aligned_with_a_language_model_that_reads(tmp_path: Path) -> None:
     """Two runs, two workers each: the second moves tower and projector only, and ends as a LLaVA folder too."""
     options = ["ray.num_workers=2", "tracking.tensorboard=false", "train.max_steps=6", "train.eval_every=6"]
-    words = ["data.synthetic=[{kind: text, samples: 24}]", "scenes=100", "parts=[language_model]"]
+    words = ["data.synthetic=[{kind: text, samples: 24}]", "scenes=50", "parts=[language_model]"]
     read = pretrain.main(_config(tmp_path, *words, f"run.dir={tmp_path / 'read'}", *options))
     start = [
         "scratch=null",

@@ -6,7 +6,7 @@ from collections import Counter
 
 import pytest
 
-from eagleray.models.rovrm.scenes import CAPTIONS, MOST_THINGS, describe, make_scenes, read_caption
+from eagleray.models.rovrm.scenes import CAPTIONS, MOST_THINGS, count, describe, make_scenes, read_caption
 
 
 def _listed(box: str) -> Counter[str]:
@@ -33,6 +33,59 @@ def test_a_caption_counts_kinds_the_most_frequent_first_then_by_words() -> None:
         "one box has 2 small yellow squares, 1 big black triangle, 1 small blue circle; one box has 1 small blue circle; "
         "one box has 1 big black triangle, 1 small blue circle"
     )
+
+
+def test_everything_in_common_is_counted() -> None:
+    square, circle, triangle = (
+        ("small", "yellow", "square"),
+        ("small", "blue", "circle"),
+        ("big", "black", "triangle"),
+    )
+    said = count([[circle, square, square], [circle], [triangle] + [square] * 9])
+    assert dict(number.split(": ") for number in said) == {
+        "yellow circles": "none",
+        "yellow squares": "11",
+        "yellow triangles": "none",
+        "black circles": "none",
+        "black squares": "none",
+        "black triangles": "one",
+        "blue circles": "two",
+        "blue squares": "none",
+        "blue triangles": "none",
+        "yellow objects": "11",
+        "black objects": "one",
+        "blue objects": "two",
+        "circles": "two",
+        "squares": "11",
+        "triangles": "one",
+        "small objects": "13",
+        "medium objects": "none",
+        "big objects": "one",
+        "objects": "14",
+        "boxes with something yellow": "two",
+        "boxes with something black": "one",
+        "boxes with something blue": "two",
+        "boxes with a circle": "two",
+        "boxes with a square": "two",
+        "boxes with a triangle": "one",
+        "yellow or black objects": "yellow",
+        "yellow or blue objects": "yellow",
+        "black or blue objects": "blue",
+    }
+    assert len(said) == 28
+    assert "black or blue objects: as many" in count([[circle, triangle]])
+
+
+def test_numbers_are_half_of_those_of_the_caption_in_any_order() -> None:
+    """A fixed order would let a model go by the place in the text in place of the words."""
+    first = Counter()
+    for scene in make_scenes(200, 3):
+        numbers = scene.numbers.split(". ")
+        assert len(set(numbers)) == 14
+        assert set(numbers) < set(count(read_caption(scene.caption)))
+        first[numbers[0].split(":")[0]] += 1
+    assert len(first) > 20
+    assert max(first.values()) < 40
 
 
 def test_what_is_told_is_what_is_described() -> None:
