@@ -81,34 +81,34 @@ def describe(boxes: list[list[Thing]]) -> str:
 
 
 def count(boxes: list[list[Thing]]) -> list[str]:
-    """How many things there are of each colour and shape, colour, shape, size and at all; in how many boxes there is one of
-    a colour or shape; and which of two colours has more.
+    """How many things have a colour and a shape, a colour, a shape, a size, or are there at all; how many boxes hold one of
+    a colour or a shape; which of two colours has more.
     """
+    kinds: dict[str, tuple[str, ...]] = {
+        **{f"{colour} {shape}s": (colour, shape) for colour, shape in product(COLOURS, SHAPES)},
+        **{f"{colour} objects": (colour,) for colour in COLOURS},
+        **{f"{shape}s": (shape,) for shape in SHAPES},
+        **{f"{size} objects": (size,) for size in SIZES},
+        "objects": (),
+    }
+    of_boxes = {
+        **{f"boxes with something {colour}": colour for colour in COLOURS},
+        **{f"boxes with a {shape}": shape for shape in SHAPES},
+    }
     things = [thing for box in boxes for thing in box]
-    colours = Counter(colour for _, colour, _ in things)
-    counts = {
-        **{f"{c} {s}s": sum(thing[1:] == (c, s) for thing in things) for c, s in product(COLOURS, SHAPES)},
-        **{f"{c} objects": colours[c] for c in COLOURS},
-        **{f"{s}s": sum(s in thing for thing in things) for s in SHAPES},
-        **{f"{z} objects": sum(z in thing for thing in things) for z in SIZES},
-        "objects": len(things),
-        **{
-            f"boxes with something {c}": sum(any(c in thing for thing in box) for box in boxes)
-            for c in COLOURS
-        },
-        **{f"boxes with a {s}": sum(any(s in thing for thing in box) for box in boxes) for s in SHAPES},
+    numbers = {name: sum(set(kind) <= set(thing) for thing in things) for name, kind in kinds.items()}
+    numbers |= {
+        name: sum(any(kind in thing for thing in box) for box in boxes) for name, kind in of_boxes.items()
     }
-    more = {
-        f"{a} or {b} objects": a if colours[a] > colours[b] else b if colours[b] > colours[a] else "as many"
-        for a, b in combinations(COLOURS, 2)
-    }
-    return [f"{what}: {_numeral(n)}" for what, n in counts.items()] + [
-        f"{what}: {a}" for what, a in more.items()
+    said = [
+        f"{name}: {_NUMERALS[number] if number < len(_NUMERALS) else number}"
+        for name, number in numbers.items()
     ]
-
-
-def _numeral(n: int) -> str:
-    return _NUMERALS[n] if n < len(_NUMERALS) else str(n)
+    for one, other in combinations(COLOURS, 2):
+        difference = numbers[f"{one} objects"] - numbers[f"{other} objects"]
+        more = one if difference > 0 else other if difference < 0 else "as many"
+        said.append(f"{one} or {other} objects: {more}")
+    return said
 
 
 def read_caption(caption: str) -> list[list[Thing]]:
